@@ -1,0 +1,25 @@
+"""INT8 linears for torch.compile: quantize a model, compile it with backend="int8_inductor", and read what was done with `explain`."""
+
+from __future__ import annotations
+
+from ._compat import check_torch_version
+
+check_torch_version()
+
+from . import config, ops  # noqa: E402
+from .granularity import MappingType, PerRow, PerTensor  # noqa: E402
+from .linear import Int8Linear  # noqa: E402
+from .quantize import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, quantize_  # noqa: E402
+
+__all__ = [
+    "Int8DynamicActivationInt8WeightConfig",
+    "Int8Linear",
+    "Int8StaticActivationInt8WeightConfig",
+    "MappingType",
+    "PerRow",
+    "PerTensor",
+    "config",
+    "ops",
+    "quantize_",
+]
+__version__ = "0.1.0"

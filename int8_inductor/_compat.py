@@ -1,0 +1,93 @@
+"""The only module that knows torch versions apart (2.11 to 2.15) and names torch's private parts.
+
+Everything else imports what it needs of Inductor's internals from here, under one name whatever the version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+__all__ = [
+    "SUPPORTED_TORCH",
+    "as_pass_list",
+    "check_torch_version",
+    "custom_pass_slot",
+    "has_triton_package",
+    "select_choice",
+]
+
+SUPPORTED_TORCH = ((2, 11), (2, 15))
+"""First and last torch release (major, minor) that the package is tested with."""
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_torch_version(version: str = torch.__version__) -> None:
+    """Raise ImportError when `version` is outside SUPPORTED_TORCH."""
+    first, last = SUPPORTED_TORCH
+    if not first <= _release(version) <= last:
+        raise ImportError(
+            f"int8_inductor supports torch {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
+            f"got torch {version}: install a release in that range"
+        )
+
+
+def has_triton_package() -> bool:
+    """Whether the triton package can be imported."""
+    return find_spec("triton") is not None
+
+
+def as_pass_list(slot: Any) -> list[Callable[[torch.fx.Graph], Any]]:
+    """What one of Inductor's custom pass slots holds, as a list: None, one pass (2.11) or a sequence of them (2.13)."""
+    if slot is None:
+        return []
+    if isinstance(slot, Sequence):
+        return list(slot)
+    return [slot]
+
+
+class _Chain(CustomGraphPass):
+    """Several passes in a slot that takes one. Its uuid is theirs; one without a uuid turns the cache off, as it would alone."""
+
+    def __init__(self, passes: Sequence[Callable[[torch.fx.Graph], Any]]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any | None:
+        uuids = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in uuids else tuple(uuids)
+
+
+def custom_pass_slot(passes: Sequence[Callable[[torch.fx.Graph], Any]]) -> Any:
+    """A value for a custom pass slot that runs `passes` in order, in every supported torch."""
+    chain: list[Callable[[torch.fx.Graph], Any]] = []
+    for each in passes:
+        chain.extend(each.passes if isinstance(each, _Chain) else [each])
+    return chain[0] if len(chain) == 1 else _Chain(chain)
+
+
+def unchain(slot: Any) -> list[Callable[[torch.fx.Graph], Any]]:
+    """The single passes in a slot, chains made by `custom_pass_slot` taken apart."""
+    flat: list[Callable[[torch.fx.Graph], Any]] = []
+    for each in as_pass_list(slot):
+        flat.extend(each.passes if isinstance(each, _Chain) else [each])
+    return flat
+
+
+def select_choice(name: str, choices: list[Any], inputs: list[Any], layout: Any) -> Any:
+    """`autotune_select_algorithm`, always settled before fusion, and always one TensorBox (a tuple from 2.13 on)."""
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    result = autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,87 @@
+"""How many values share one scale, and whether a zero point goes with it. Names and meaning follow torchao.quantization."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["Granularity", "MappingType", "PerRow", "PerTensor"]
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Base of the granularities; `reduced_dims` says which dimensions of a tensor share a scale."""
+
+    def reduced_dims(self, t: Tensor) -> list[int]:
+        """The dimensions of `t` over which one scale is chosen (they stay, with size 1, in the scale's shape)."""
+        raise TypeError(f"granularity must be PerTensor() or PerRow(), got {self!r}")
+
+
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    """One scale for the whole tensor."""
+
+    def reduced_dims(self, t: Tensor) -> list[int]:
+        return list(range(t.ndim))
+
+
+@dataclass(frozen=True)
+class PerRow(Granularity):
+    """One scale for each row along the last dimension: per token for an activation, per output channel for a weight [N, K]."""
+
+    def reduced_dims(self, t: Tensor) -> list[int]:
+        return [-1]
+
+
+class MappingType(enum.Enum):
+    """SYMMETRIC: real = int8 * scale. ASYMMETRIC: real = (int8 - zero_point) * scale."""
+
+    SYMMETRIC = "symmetric"
+    ASYMMETRIC = "asymmetric"
+
+    def choose(self, x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor | None, int]:
+        """Scale (float32), zero point (int8, or None when symmetric) and smallest int8 value for quantizing `x`."""
+        dims = granularity.reduced_dims(x)
+        if self is MappingType.SYMMETRIC:
+            return reference.choose_scale_symmetric(x, dims), None, self.quant_min
+        scale, zero_point = reference.choose_scale_asymmetric(x, dims)
+        return scale, zero_point, self.quant_min
+
+    @property
+    def quant_min(self) -> int:
+        """The smallest int8 value that quantization makes: -127 when symmetric, else -128."""
+        return reference.SYMMETRIC_MIN if self is MappingType.SYMMETRIC else reference.INT8_MIN
+
+
+GranularityArgument = Granularity | tuple[Granularity, Granularity] | list[Granularity]
+
+
+def normalize_granularity(value: GranularityArgument) -> tuple[Granularity, Granularity]:
+    """(activation, weight) from one granularity or a pair; TypeError for anything else."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(each, (PerTensor, PerRow)) for each in pair):
+        raise TypeError(f"granularity must be PerTensor(), PerRow() or a pair (activation, weight) of them, got {value!r}")
+    return pair[0], pair[1]
+
+
+def check_mapping_type(value: object) -> None:
+    """TypeError unless `value` is a MappingType."""
+    if not isinstance(value, MappingType):
+        raise TypeError(f"act_mapping_type must be MappingType.SYMMETRIC or MappingType.ASYMMETRIC, got {value!r}")
+
+
+def check_scale(name: str, scale: Tensor) -> None:
+    """Raise unless `scale` is float32, finite and positive throughout. Reads the values; a meta tensor has none and passes."""
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name} must be torch.float32, got {scale.dtype}")
+    if scale.is_meta:
+        return
+    bad = ~(torch.isfinite(scale) & (scale > 0))
+    if bool(bad.any()):
+        value = scale[bad].flatten()[0].item()
+        raise ValueError(f"{name} must be finite and positive, got {value} in {int(bad.sum())} of {scale.numel()} places")

@@ -1,0 +1,153 @@
+"""Configs and `quantize_`, with the names and habits of torchao: swap every chosen nn.Linear of a model for an `Int8Linear`, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .granularity import GranularityArgument, MappingType, PerRow, PerTensor, check_mapping_type, normalize_granularity
+from .linear import Int8Linear
+
+__all__ = ["Int8Config", "Int8DynamicActivationInt8WeightConfig", "Int8StaticActivationInt8WeightConfig", "quantize_"]
+
+
+class Int8Config:
+    """Base of the configs: what `quantize_` makes of one linear layer."""
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        """The quantized module that takes `linear`'s place."""
+        raise TypeError(f"config must be one of int8_inductor's configs, got {type(self).__name__}")
+
+
+@dataclass(frozen=True)
+class Int8DynamicActivationInt8WeightConfig(Int8Config):
+    """W8A8 with activation scales chosen from each input at run time.
+
+    granularity: PerRow(), PerTensor(), or a pair (activation, weight).
+    act_mapping_type: SYMMETRIC, or ASYMMETRIC with a zero point for the activation; weights are symmetric.
+    """
+
+    granularity: GranularityArgument = field(default_factory=PerRow)
+    act_mapping_type: MappingType = MappingType.SYMMETRIC
+
+    def __post_init__(self) -> None:
+        normalize_granularity(self.granularity)
+        check_mapping_type(self.act_mapping_type)
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        pair = normalize_granularity(self.granularity)
+        return Int8Linear.from_linear(linear, granularity=pair, act_mapping_type=self.act_mapping_type)
+
+
+@dataclass(frozen=True)
+class Int8StaticActivationInt8WeightConfig(Int8Config):
+    """W8A8 with activation scales calibrated ahead; run `calibrate(model, batches)` before the model is used.
+
+    granularity: of the weight (the activation's is then PerTensor()), or a pair (PerTensor(), weight).
+    act_mapping_type: SYMMETRIC, or ASYMMETRIC with a zero point for the activation; weights are symmetric.
+    """
+
+    granularity: GranularityArgument = field(default_factory=PerRow)
+    act_mapping_type: MappingType = MappingType.SYMMETRIC
+
+    def __post_init__(self) -> None:
+        activation, _ = self._pair()
+        if activation != PerTensor():
+            raise ValueError(f"granularity of a static activation must be PerTensor(), got {activation!r}")
+        check_mapping_type(self.act_mapping_type)
+
+    def _pair(self) -> tuple[object, object]:
+        activation, weight = normalize_granularity(self.granularity)
+        return (activation if isinstance(self.granularity, (tuple, list)) else PerTensor()), weight
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        pair = (PerTensor(), normalize_granularity(self.granularity)[1])
+        return Int8Linear.from_linear(linear, granularity=pair, act_mapping_type=self.act_mapping_type, static=True)
+
+
+def _is_linear(module: nn.Module, name: str) -> bool:
+    # nn.MultiheadAttention hands its out_proj's weight to a functional of its own, past the module's forward.
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def quantize_(
+    model: nn.Module,
+    config: Int8Config,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    device: torch.device | str | int | None = None,
+) -> None:
+    """Swap the nn.Linear layers of `model` for quantized ones, in place: all that were asked for, or, on an error, none.
+
+    Args:
+        model: any module that contains nn.Linear layers.
+        config: what to make of each, e.g. `Int8DynamicActivationInt8WeightConfig()`.
+        filter_fn: (module, fully qualified name) -> whether to quantize it; by default every nn.Linear.
+        device: where to quantize; the whole model is on it afterwards. None: each layer where it is.
+
+    Raises:
+        TypeError: `model`, `config` or what `filter_fn` chose is of the wrong type.
+        ValueError: nothing to quantize, a layer quantized twice, a weight that is not finite, a K that could overflow int32.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, Int8Config):
+        raise TypeError(f"config must be one of int8_inductor's configs, got {type(config).__name__}")
+    chosen = _choose(model, filter_fn or _is_linear)
+    converted: dict[int, nn.Module] = {}
+    for name, linear in chosen.items():
+        if id(linear) not in converted:
+            converted[id(linear)] = _convert(name, linear, config, device)
+    for parent in list(model.modules()):
+        # _modules, not named_children(): that one names a module shared by two attributes once.
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in converted:
+                setattr(parent, child_name, converted[id(child)])
+                _leave_fast_path(parent)
+    if device is not None:
+        model.to(device)
+
+
+def _choose(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> dict[str, nn.Linear]:
+    """The layers to quantize by name, checked."""
+    chosen: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if not filter_fn(module, name):
+            continue
+        if isinstance(module, Int8Linear):
+            raise ValueError(f"{name or 'model'} is an Int8Linear already: a layer can be quantized once")
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"filter_fn must choose torch.nn.Linear modules, got {type(module).__name__} for {name or 'model'!r}")
+        if module is model:
+            raise ValueError("model is itself an nn.Linear, which has no parent to swap it in: use Int8Linear.from_linear(model)")
+        chosen[name] = module
+    if not chosen:
+        already = sum(isinstance(m, Int8Linear) for m in model.modules())
+        detail = f"; {already} layers are quantized already" if already else ""
+        raise ValueError(f"model has no nn.Linear that filter_fn chooses, got {type(model).__name__}{detail}")
+    return chosen
+
+
+def _convert(name: str, linear: nn.Linear, config: Int8Config, device: torch.device | str | int | None) -> nn.Module:
+    source = linear
+    if device is not None:
+        source = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta").train(linear.training)
+        source.weight = nn.Parameter(linear.weight.detach().to(device), requires_grad=False)
+        if linear.bias is not None:
+            source.bias = nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+    try:
+        converted = config.convert(source)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"cannot quantize {name!r}: {error}") from error
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        getattr(converted, hooks).update(getattr(linear, hooks))
+    return converted
+
+
+def _leave_fast_path(parent: nn.Module) -> None:
+    """nn.TransformerEncoderLayer's eager fast path reads its linears' weights past their forward; without a known activation it is not taken."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
