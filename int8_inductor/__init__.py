@@ -7,19 +7,37 @@ from ._compat import check_torch_version
 check_torch_version()
 
 from . import config, ops  # noqa: E402
+from . import lowering as _lowering  # noqa: E402 - registers the operators' lowerings
+from .backend import install_in_stock_inductor  # noqa: E402
+from .calibrate import calibrate  # noqa: E402
+from .explain import LeftBehindError, Report, explain  # noqa: E402
 from .granularity import MappingType, PerRow, PerTensor  # noqa: E402
+from .kernels import KernelPreference, KernelPreferenceError  # noqa: E402
 from .linear import Int8Linear  # noqa: E402
+from .observers import MinMaxObserver, MSEObserver, Observer, PercentileObserver  # noqa: E402
 from .quantize import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, quantize_  # noqa: E402
 
 __all__ = [
     "Int8DynamicActivationInt8WeightConfig",
     "Int8Linear",
     "Int8StaticActivationInt8WeightConfig",
+    "KernelPreference",
+    "KernelPreferenceError",
+    "LeftBehindError",
+    "MSEObserver",
     "MappingType",
+    "MinMaxObserver",
+    "Observer",
     "PerRow",
     "PerTensor",
+    "PercentileObserver",
+    "Report",
+    "calibrate",
     "config",
+    "explain",
     "ops",
     "quantize_",
 ]
 __version__ = "0.1.0"
+
+install_in_stock_inductor()

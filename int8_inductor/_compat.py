@@ -91,3 +91,12 @@ def select_choice(name: str, choices: list[Any], inputs: list[Any], layout: Any)
 
     result = autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)
     return result[0] if isinstance(result, tuple) else result
+
+
+def triton_version() -> str:
+    """The installed triton's version, or 'none'."""
+    if not has_triton_package():
+        return "none"
+    import triton
+
+    return str(triton.__version__)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import reference
 
@@ -27,7 +28,8 @@ class PerTensor(Granularity):
     """One scale for the whole tensor."""
 
     def reduced_dims(self, t: Tensor) -> list[int]:
-        return list(range(t.ndim))
+        # amax refuses to reduce a dimension of size 0. An empty tensor has no values to scale: any scale that broadcasts does.
+        return [-1] if guard_or_false(t.numel() == 0) else list(range(t.ndim))
 
 
 @dataclass(frozen=True)

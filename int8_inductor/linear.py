@@ -97,9 +97,10 @@ class Int8Linear(nn.Module):
         self.weight = reference.quantize(weight, scale, None, quant_min)
         self.weight_scale = scale.reshape(self.weight_scale.shape)
         self.bias = linear.bias.detach().clone() if has_bias else None
-        for name in ("input_scale", "input_zero_point"):
-            if (buffer := getattr(self, name)) is not None:
-                setattr(self, name, torch.ones_like(buffer, device=weight.device))
+        if self.input_scale is not None:
+            self.input_scale = torch.ones_like(self.input_scale, device=weight.device)
+        if self.input_zero_point is not None:
+            self.input_zero_point = torch.zeros_like(self.input_zero_point, device=weight.device)
         return self.train(linear.training)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -150,15 +151,15 @@ class Int8Linear(nn.Module):
         if zero_point is not None and self.input_zero_point is not None:
             if zero_point.dtype != torch.int8 or zero_point.numel() != 1:
                 raise TypeError(f"zero_point must be torch.int8 with one element, got {zero_point.dtype} {list(zero_point.shape)}")
-            self.input_zero_point = zero_point.detach().reshape(1).to(self.weight.device)
-        self.input_scale = scale.detach().reshape(1).to(self.weight.device)
+            self.input_zero_point = zero_point.detach().reshape(1).to(self.weight.device, copy=True)
+        self.input_scale = scale.detach().reshape(1).to(self.weight.device, copy=True)
         self.calibrated = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32, bfloat16 or float16 -> [..., N] of the same dtype (autocast's, where autocast is on)."""
         device_type = x.device.type
         out_dtype = x.dtype
-        if torch.is_autocast_enabled(device_type):
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             out_dtype = torch.get_autocast_dtype(device_type)
             with torch.autocast(device_type, enabled=False):
                 return self._linear(x).to(out_dtype)
@@ -186,36 +187,43 @@ class Int8Linear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Int8Linear:
         # Module.to(dtype) casts every floating-point buffer. Scales pass through it as int32 bits: they move, and keep their precision.
-        for name in _SCALES:
-            if (scale := getattr(self, name)) is not None:
-                self._buffers[name] = scale.view(torch.int32)
+        scales = {name: scale for name in _SCALES if (scale := getattr(self, name)) is not None}
+        moved = {name: fn(scale.view(torch.int32)) for name, scale in scales.items()}
+        for name, bits in moved.items():
+            if bits.dtype != torch.int32:
+                raise TypeError(f"Int8Linear keeps its weight int8 and its scales float32, got a cast of all buffers to {bits.dtype}: use .to(dtype)")
+            scales[name] = bits.view(torch.float32)
+        self._buffers.update(dict.fromkeys(scales))
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            for name in _SCALES:
-                if (scale := getattr(self, name)) is not None:
-                    self._buffers[name] = scale.view(torch.float32)
+            self._buffers.update(scales)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in ("weight", "input_zero_point"):
+            if (ints := state_dict.get(prefix + name)) is not None and ints.dtype != torch.int8:
+                raise TypeError(f"{prefix}{name} must be torch.int8, got {ints.dtype}")
         for name in _SCALES:
             if (scale := state_dict.get(prefix + name)) is not None and not (name == "input_scale" and _is_uncalibrated(scale)):
                 check_scale(prefix + name, scale)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         scale = state_dict.get(prefix + "input_scale")
-        if self.static and scale is not None:
-            self.calibrated = not _is_uncalibrated(scale)
+        if self.input_scale is not None and scale is not None:
+            complete = self.input_zero_point is None or prefix + "input_zero_point" in state_dict
+            self.calibrated = complete and scale.shape == self.input_scale.shape and not _is_uncalibrated(scale)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.input_scale is not None and not self.calibrated:
             # A state dict has tensors only: zero, which no scale can be, says that there is none yet.
             destination[prefix + "input_scale"] = torch.zeros_like(self.input_scale)
 
     def extra_repr(self) -> str:
+        kind = "static" if self.static else "dynamic"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"activation={'static' if self.static else 'dynamic'} {self.act_granularity!r} {self.act_mapping_type.value}, weight={self.weight_granularity!r}"
+            f"activation={kind} {self.act_granularity!r} {self.act_mapping_type.value}, weight={self.weight_granularity!r}"
         )
 
 

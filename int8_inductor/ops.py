@@ -54,6 +54,11 @@ def _check_vector(name: str, t: Tensor | None, size: Any, column: bool, dtypes: 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+_K_LIMITS = (
+    (reference.MAX_K, ""),
+    (reference.MAX_K_ZERO_POINT, " with a zero point"),
+    (reference.MAX_K_ZERO_POINTS, " with two zero points"),
+)
 
 
 def check_operands(
@@ -78,10 +83,9 @@ def check_operands(
         raise ValueError(f"scaled_mm: a [M, K] and b [N, K] must agree in K, got {list(a.shape)} and {list(b.shape)}")
     if _is(k, 0) or _is(n, 0):
         raise ValueError(f"scaled_mm: N and K must be positive, got a {list(a.shape)} and b {list(b.shape)}")
-    shifted = a_zero_point is not None or b_zero_point is not None
-    limit = reference.MAX_K_ZERO_POINT if shifted else reference.MAX_K
+    limit, case = _K_LIMITS[(a_zero_point is not None) + (b_zero_point is not None)]
     if k > limit:
-        raise ValueError(f"scaled_mm: K must be at most {limit}{' with a zero point' if shifted else ''}, or int32 could overflow; got {k}")
+        raise ValueError(f"scaled_mm: K must be at most {limit}{case}, or int32 could overflow; got {k}")
     if b.device != a.device:
         raise ValueError(f"scaled_mm: b must be on {a.device}, the device of a, got {b.device}")
     _check_vector("a_scale", a_scale, m, True, (torch.float32,), a.device)

@@ -69,6 +69,18 @@ class Int8StaticActivationInt8WeightConfig(Int8Config):
         return Int8Linear.from_linear(linear, granularity=pair, act_mapping_type=self.act_mapping_type, static=True)
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
 def _is_linear(module: nn.Module, name: str) -> bool:
     # nn.MultiheadAttention hands its out_proj's weight to a functional of its own, past the module's forward.
     return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
@@ -89,8 +101,9 @@ def quantize_(
         device: where to quantize; the whole model is on it afterwards. None: each layer where it is.
 
     Raises:
-        TypeError: `model`, `config` or what `filter_fn` chose is of the wrong type.
-        ValueError: nothing to quantize, a layer quantized twice, a weight that is not finite, a K that could overflow int32.
+        TypeError: `model`, `config` or what `filter_fn` chose is of the wrong type, or a linear with a forward of its own.
+        ValueError: nothing to quantize, a layer quantized twice, a weight that is not finite, a K that could overflow int32, or
+            a layer whose weight its parent reads by itself (nn.MultiheadAttention's out_proj, left out by default).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -106,7 +119,7 @@ def quantize_(
         for child_name, child in list(parent._modules.items()):
             if id(child) in converted:
                 setattr(parent, child_name, converted[id(child)])
-                _leave_fast_path(parent)
+    _leave_fast_paths(model)
     if device is not None:
         model.to(device)
 
@@ -121,6 +134,10 @@ def _choose(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> di
             raise ValueError(f"{name or 'model'} is an Int8Linear already: a layer can be quantized once")
         if not isinstance(module, nn.Linear):
             raise TypeError(f"filter_fn must choose torch.nn.Linear modules, got {type(module).__name__} for {name or 'model'!r}")
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            raise ValueError(f"filter_fn chose {name!r}, whose weight nn.MultiheadAttention reads past its forward: it cannot be quantized")
+        if getattr(module.forward, "__func__", None) is not nn.Linear.forward:
+            raise TypeError(f"cannot quantize {name!r}: {type(module).__name__} has a forward of its own, which would be lost; leave it out")
         if module is model:
             raise ValueError("model is itself an nn.Linear, which has no parent to swap it in: use Int8Linear.from_linear(model)")
         chosen[name] = module
@@ -142,12 +159,18 @@ def _convert(name: str, linear: nn.Linear, config: Int8Config, device: torch.dev
         converted = config.convert(source)
     except (TypeError, ValueError) as error:
         raise type(error)(f"cannot quantize {name!r}: {error}") from error
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
-        getattr(converted, hooks).update(getattr(linear, hooks))
+    for hooks in _HOOKS:
+        # The dict itself, so that a handle which registered a hook on the linear still removes it.
+        setattr(converted, hooks, getattr(linear, hooks))
     return converted
 
 
-def _leave_fast_path(parent: nn.Module) -> None:
-    """nn.TransformerEncoderLayer's eager fast path reads its linears' weights past their forward; without a known activation it is not taken."""
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0
+def _leave_fast_paths(model: nn.Module) -> None:
+    """The eager fast path of nn.TransformerEncoderLayer reads its linears' weights past their forward, and nn.TransformerEncoder hands it nested
+    tensors; without a known activation, and with nested tensors off, they are not taken."""
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(isinstance(m, Int8Linear) for m in module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0

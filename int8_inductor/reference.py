@@ -1,10 +1,11 @@
 """The eager truth of INT8 quantization: choose scales, quantize, dequantize, scaled_mm. Plain aten arithmetic, torch only.
 
-Everything compiled is held against what stands here. Two properties of the definitions are worth knowing:
+Everything compiled is held against what stands here. Three properties of the definitions are worth knowing:
 
 * A scale is never zero: it is at least the smallest normal float32, so an all-zero row quantizes to zeros, and 1 / scale is finite.
 * A row with a NaN or an infinity has no scale. Chosen dynamically the scale is NaN, so the whole row of the result is NaN, in eager and
   compiled alike. With a given (static) scale infinities saturate and NaN quantizes to the zero point, as PTX `cvt.sat.s8.f32` has it.
+* Values within half a step (1 / 255) of the largest float32 may come back from int8 as infinity.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 MAX_K = (2**31 - 1) // (128 * 128)
 """Largest K whose int8 dot product cannot overflow int32: |a| and |b| are at most 128."""
 MAX_K_ZERO_POINT = (2**31 - 1) // (255 * 128)
-"""The same when a zero point is subtracted from `a`: |a - zero_point| is at most 255."""
+"""The same when a zero point is subtracted from one of the two: |a - zero_point| is at most 255."""
+MAX_K_ZERO_POINTS = (2**31 - 1) // (255 * 255)
+"""The same when a zero point is subtracted from both."""
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,9 +72,8 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Te
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """Exact int32 [M, N] of int8 a [M, K] times int8 b [N, K] transposed, on any device and for any size up to MAX_K."""
-    if a.device.type == "cpu":
-        return torch._int_mm(a, b.t())
-    # float64 holds every partial sum exactly: |sum| <= 2^31 < 2^53.
+    # float64 holds every partial sum exactly: |sum| <= 2^31 < 2^53. Not torch._int_mm: on a CPU it leaves its output uninitialized where a size
+    # of 1 has a stride that oneDNN does not expect (pytorch issue 195066), and a GPU's refuses small M.
     return (a.double() @ b.double().t()).to(torch.int32)
 
 

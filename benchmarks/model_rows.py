@@ -1,0 +1,153 @@
+"""One row of the model benchmark: a workload made ready, and a variant of it prepared, compiled, checked and timed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from . import common
+from .common import OK, WRONG
+from .timing import time_call
+from .variants import CALIBRATION_BATCHES, Batches, Variant
+from .workloads import Workload
+
+LEAST_SQNR = 10.0
+"""dB to the float32 eager model under which a result counts as wrong, not as coarse: INT8 of random weights stands above 20."""
+MEGA = 1e6
+
+
+@dataclass
+class Setting:
+    """A workload made ready: the float model, one input, what the model gives for it in its own dtype and in float32."""
+
+    workload: Workload
+    device: torch.device
+    dtype: torch.dtype
+    base: nn.Module
+    example: Tensor
+    eager: Tensor
+    exact: Tensor
+    linears: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def batches(self) -> Batches:
+        """Random batches to calibrate on, other ones than the example."""
+        return [(self.workload.draw(self.device, self.dtype),) for _ in range(CALIBRATION_BATCHES)]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> int:
+    """Give back what nobody holds; bytes that the allocator still has reserved on a GPU, else 0."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+def setting_of(workload: Workload, base: nn.Module, device: torch.device) -> Setting:
+    """Draw the input and run the float model on it, eagerly, in the device's dtype and in float32."""
+    dtype = common.float_dtype(device)
+    example = workload.draw(device, dtype)
+    eager = base(example).clone()
+    exact = copy.deepcopy(base).float()(example.float() if example.is_floating_point() else example)
+    return Setting(workload, device, dtype, base, example, eager, exact)
+
+
+def sqnr_db(out: Tensor, reference: Tensor) -> float | None:
+    """Signal to quantization noise ratio in dB, None where the two are equal; ValueError for shapes that differ."""
+    if out.shape != reference.shape:
+        raise ValueError(f"output must have shape {list(reference.shape)}, got {list(out.shape)}")
+    reference = reference.double()
+    noise = (out.double() - reference).square().sum().item()
+    return None if noise == 0 else 10 * math.log10(reference.square().sum().item() / noise)
+
+
+def kernels_of(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Kernels that one call launches on a GPU, copies and fills by the driver left out; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        synchronize(device)
+    on_device = [each for each in profiler.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not each.name.startswith(("Memcpy", "Memset")) for each in on_device)
+
+
+@contextlib.contextmanager
+def compile_cache(directory: str) -> Iterator[None]:
+    """Dynamo and Inductor start afresh, with their caches on disk in `directory`."""
+    from torch._inductor.utils import clear_caches
+
+    torch._dynamo.reset()
+    clear_caches()
+    with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": os.path.join(directory, "triton")}):
+        yield
+
+
+def count_linears(setting: Setting, variant: Variant, model: nn.Module) -> dict[str, Any] | None:
+    """How many of the linears in the graph `explain` says are rewritten; asked once for a family on a workload, None for models not ours."""
+    if variant.group != "ours":
+        return None
+    if variant.family not in setting.linears:
+        from int8_inductor import explain
+
+        linears = explain(model, setting.example).linears
+        setting.linears[variant.family] = {"rewritten": sum(each.status == "rewritten" for each in linears), "present": len(linears)}
+    return setting.linears[variant.family]
+
+
+def measure(setting: Setting, variant: Variant) -> dict[str, Any]:
+    """Prepare, compile, check, time: the measured part of a row."""
+    device, example = setting.device, setting.example
+    reserved = release(device)
+    model = variant.prepare(copy.deepcopy(setting.base), setting.batches)
+    tensors = [*model.parameters(), *model.buffers()]
+    row: dict[str, Any] = {"weights_mb": sum(t.numel() * t.element_size() for t in tensors) / MEGA}
+    release(device)
+    compiled = variant.compiled(model)
+    call = lambda: compiled(example)  # noqa: E731 - one name for what every helper below runs
+    synchronize(device)
+    start = time.monotonic()
+    call()
+    synchronize(device)
+    row["compile_s"] = None if variant.mode is None else time.monotonic() - start
+    # The second call records the CUDA graphs of the modes that have them, the third replays.
+    call(), call()
+    row["peak_mb"] = peak_mb(call, device, reserved)
+    out = call().clone()
+    row |= {"sqnr_db": sqnr_db(out, setting.eager), "sqnr_float32_db": sqnr_db(out, setting.exact)}
+    row |= time_call(call, device, warmup_ms=50, rep_ms=250).record()
+    row["ms_again"] = time_call(call, device, warmup_ms=10, rep_ms=150).ms
+    row["kernels"] = kernels_of(call, device)
+    row["linears"] = count_linears(setting, variant, model)
+    exact = row["sqnr_float32_db"]
+    wrong = None if exact is None or exact >= LEAST_SQNR else f"SQNR to float32 is {exact:.1f} dB, under {LEAST_SQNR}"
+    return row | {"status": OK if wrong is None else WRONG, "reason": wrong}
+
+
+def peak_mb(call: Callable[[], Any], device: torch.device, reserved: int) -> float | None:
+    """Megabytes that the allocator holds at most while `call` runs, beyond `reserved` bytes: weights, activations and CUDA-graph pools."""
+    if device.type != "cuda":
+        return None
+    release(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    synchronize(device)
+    return (torch.cuda.max_memory_reserved(device) - reserved) / MEGA

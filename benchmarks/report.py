@@ -1,0 +1,105 @@
+"""`python -m benchmarks.report --readme`: write the newest committed GPU results into README.md, between two markers. `--check` fails when stale."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import tables
+from .common import ROOT, program, read_json, say
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+KINDS = ("gemm", "models")
+HEADS = {"gemm": "Scaled INT8 products", "models": "Whole models"}
+
+
+class ReportError(RuntimeError):
+    """README.md cannot be written or checked; the message says what is missing."""
+
+
+def committed_results(root: Path) -> list[Path]:
+    """Result files under benchmarks/results that git tracks, and whose PNG it tracks too."""
+    listed = subprocess.run(["git", "ls-files", "benchmarks/results"], cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        raise ReportError(f"{root.name} must be a git checkout, so that it is known which results are committed: {listed.stderr.strip()}")
+    names = set(listed.stdout.split())
+    return [root / name for name in sorted(names) if name.endswith(".json") and name.removesuffix(".json") + ".png" in names]
+
+
+def newest(paths: list[Path]) -> dict[str, Path]:
+    """The newest GPU result of each kind, by the date inside it."""
+    found: dict[str, tuple[str, Path]] = {}
+    for path in paths:
+        result = read_json(path)
+        record = result["environment"]
+        if record["device"]["type"] == "cuda":
+            found[result["kind"]] = max(found.get(result["kind"], ("", path)), (record["date"], path))
+    return {kind: found[kind][1] for kind in KINDS if kind in found}
+
+
+def source(result: dict[str, Any], name: str) -> str:
+    """Where a table comes from, in one sentence."""
+    record = result["environment"]
+    versions = ", ".join(f"{each} {record[each]}" for each in ("torch", "triton", "torchao") if record[each])
+    commit = f"commit {record['commit'][:12]}{' with local changes' if record['dirty'] else ''}" if record["commit"] else "commit not recorded"
+    driver = f", driver {record['device']['driver']}" if record["device"]["driver"] else ""
+    where = f"{record['device']['name']}{driver}, {versions}, {record['date'][:10]}, {commit}"
+    return f"{where}: `{record['command']}`, [{name}](benchmarks/results/{name})."
+
+
+def section(path: Path) -> str:
+    """The markdown of one result: source, chart, table, notes."""
+    result = read_json(path)
+    if result["kind"] == "gemm":
+        table, notes = tables.gemm(result, brief=True), tables.notes(result)
+    else:
+        table, notes = tables.models(result), tables.left_out(result, "label")
+    chart = f"![{HEADS[result['kind']]}](benchmarks/results/{path.with_suffix('.png').name})"
+    listed = "\n".join(f"- {note}" for note in notes)
+    return f"### {HEADS[result['kind']]}\n\n{source(result, path.name)}\n\n{chart}\n\n{tables.markdown(*table)}\n\n{listed}"
+
+
+def block(root: Path) -> str:
+    """All that stands between the markers; ReportError when no GPU result is committed."""
+    chosen = newest(committed_results(root))
+    if not chosen:
+        raise ReportError("benchmarks/results must hold a committed GPU result with its PNG, got none")
+    return "\n\n".join(section(path) for path in chosen.values())
+
+
+def with_block(readme: str, text: str) -> str:
+    """`readme` with `text` between its markers; ReportError unless it has each marker once, in order."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ReportError(f"README.md must have {BEGIN} and then {END}, each once")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    """--readme rewrites the block, --check compares it: 1 when it is stale. 2 when there is nothing to compare."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--readme", action="store_true", help="rewrite the block in README.md")
+    what.add_argument("--check", action="store_true", help="exit with 1 when the block is not what --readme would write")
+    options = parser.parse_args(program(argv))
+    path = root / "README.md"
+    try:
+        if not path.exists():
+            raise ReportError("README.md is missing")
+        present = path.read_text()
+        wanted = with_block(present, block(root))
+    except ReportError as error:
+        say(f"benchmarks.report: {error}")
+        return 2
+    if options.check:
+        say("README.md is up to date" if present == wanted else "README.md is stale: run python -m benchmarks.report --readme")
+        return int(present != wanted)
+    path.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Tables of result files, for the terminal and for markdown: times, ratios, share of the roofline."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .cases import GROUPS, TAILS, Case
+from .common import OK, REFUSED, UNAVAILABLE
+
+Table = tuple[list[str], list[list[str]]]
+BASELINE, OURS = "stock", "ours"
+RIVALS = ("stock", "fp8", "torchao", "int_mm")
+
+
+def text(header: list[str], rows: list[list[str]]) -> str:
+    """A table in aligned columns: the first left, the others right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for line in (header, *rows):
+        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """The same as a markdown table."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def by_case(result: dict[str, Any]) -> dict[Case, dict[str, list[dict[str, Any]]]]:
+    """The rows of a GEMM result, by case and group, in the order of the run."""
+    grouped: dict[Case, dict[str, list[dict[str, Any]]]] = {}
+    for row in result["rows"]:
+        case = Case(row["m"], row["n"], row["k"], TAILS[row["tail"]])
+        grouped.setdefault(case, {}).setdefault(row["group"], []).append(row)
+    return grouped
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest right row, or None."""
+    right = [row for row in rows if row["status"] == OK]
+    return min(right, key=lambda row: row["ms"]) if right else None
+
+
+def ratio(groups: dict[str, list[dict[str, Any]]], rival: str, ours: str = OURS) -> float | None:
+    """How many times as fast as a rival group's best we are, or None where one of the two has no right result."""
+    mine, theirs = best(groups.get(ours, [])), best(groups.get(rival, []))
+    return theirs["ms"] / mine["ms"] if mine and theirs else None
+
+
+def cell(rows: list[dict[str, Any]], scale: float, digits: int) -> str:
+    """A group's time, or what kept it from having one; a failure stands in capitals."""
+    if (row := best(rows)) is not None:
+        return f"{row['ms'] * scale:.{digits}f}"
+    statuses = {row["status"] for row in rows}
+    if not statuses or statuses == {UNAVAILABLE}:
+        return "-"
+    return "refused" if statuses <= {REFUSED, UNAVAILABLE} else "FAILED"
+
+
+def times(value: float | None) -> str:
+    """A ratio as it stands in a table."""
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _present(result: dict[str, Any]) -> list[str]:
+    """Groups with at least one row that could run, in the order of the run."""
+    return list(dict.fromkeys(row["group"] for row in result["rows"] if row["status"] != UNAVAILABLE))
+
+
+def gemm(result: dict[str, Any], brief: bool = False) -> Table:
+    """Microseconds of every group's fastest peer, our ratio to the rivals, our share of the roofline; `brief` leaves our other kernels out."""
+    present = [name for name in _present(result) if not brief or name in (OURS, *RIVALS)]
+    rivals = [name for name in RIVALS if name in present]
+    names = {"stock": f"best {result['float']}"}
+    header = ["M x N x K, us", *(names.get(name, name) for name in present), *(f"vs {names.get(name, name)}" for name in rivals), "of roofline"]
+    rows = []
+    for case, groups in by_case(result).items():
+        mine = best(groups.get(OURS, []))
+        share = mine["roofline_share"] if mine else None
+        rows.append([
+            case.label, *(cell(groups.get(name, []), 1e3, 1) for name in present), *(times(ratio(groups, name)) for name in rivals),
+            "-" if share is None else f"{share:.0%}",
+        ])  # fmt: skip
+    return header, rows
+
+
+def gemm_means(result: dict[str, Any]) -> list[tuple[str, str, float, float, int]]:
+    """(cases, rival, geometric mean of our ratio, smallest, number of cases) for each group of cases and rival that has any."""
+    found = []
+    for name, belongs in GROUPS.items():
+        for rival in RIVALS:
+            ratios = [ratio(groups, rival) for case, groups in by_case(result).items() if belongs(case)]
+            known = [each for each in ratios if each is not None]
+            if known:
+                found.append((name, rival, math.exp(sum(map(math.log, known)) / len(known)), min(known), len(known)))
+    return found
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What a GEMM table does not show: geometric means, who was left out and why, how times were taken."""
+    names = {"stock": f"best {result['float']}"}
+    lines = [
+        f"{name}: {mean:.2f}x {names.get(rival, rival)}, geometric mean of {count}, smallest {least:.2f}x"
+        for name, rival, mean, least, count in gemm_means(result)
+    ]
+    return lines + left_out(result, "peer")
+
+
+def left_out(result: dict[str, Any], name: str) -> list[str]:
+    """Lines that say who could not run and why, what the budget left out, and how times were taken."""
+    absent: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["status"] == UNAVAILABLE and row[name] not in absent.setdefault(row["reason"], []):
+            absent[row["reason"]].append(row[name])
+    lines = [f"left out: {', '.join(names)}: {reason}" for reason, names in absent.items()]
+    if result["left_out"]:
+        lines.append(f"not reached: {', '.join(result['left_out'])}")
+    return lines + [f"timed: {method}" for method in dict.fromkeys(row["method"] for row in result["rows"] if row["status"] == OK)]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def models(result: dict[str, Any]) -> Table:
+    """One line for each workload and variant; the ratio is to the workload's fastest stock variant."""
+    measures = ["compile s", "peak MB", "weights MB", "SQNR dB", "kernels", "linears"]
+    header = ["workload, variant", "ms", "p20..p80", f"vs best {result['float']}", *measures]
+    rows = []
+    for row in sorted(result["rows"], key=lambda each: (each["workload_index"], each["variant_index"])):
+        first = f"{row['workload']}, {row['variant']}"
+        if row["status"] != OK:
+            rows.append([first, row["status"] if row["status"] == UNAVAILABLE else "FAILED", *["-"] * (len(header) - 2)])
+            continue
+        base = best([each for each in result["rows"] if each["workload"] == row["workload"] and each["group"] == BASELINE])
+        compiled = _number(row["compile_s"], 1) + ("" if row["cold"] or row["compile_s"] is None else " warm")
+        linears = "-" if row["linears"] is None else f"{row['linears']['rewritten']}/{row['linears']['present']}"
+        rows.append([
+            first, f"{row['ms']:.3f}", f"{row['ms_p20']:.3f}..{row['ms_p80']:.3f}", times(base["ms"] / row["ms"] if base else None), compiled,
+            _number(row["peak_mb"], 1), _number(row["weights_mb"], 1), _number(row["sqnr_db"], 1),
+            "-" if row["kernels"] is None else str(row["kernels"]), linears,
+        ])  # fmt: skip
+    return header, rows

@@ -1,0 +1,100 @@
+"""The model benchmark's variants: one object each, a way to prepare a model and a mode to compile it in. To add one, list it in VARIANTS."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import int8_inductor
+from int8_inductor.calibrate import calibrate
+
+CALIBRATION_BATCHES = 2
+
+Batches = list[tuple[Tensor, ...]]
+Prepare = Callable[[nn.Module, Callable[[], Batches]], nn.Module]
+
+
+def _as_it_is(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
+    return model
+
+
+def _ours_dynamic(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
+    int8_inductor.quantize_(model, int8_inductor.Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _ours_static(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
+    int8_inductor.quantize_(model, int8_inductor.Int8StaticActivationInt8WeightConfig())
+    calibrate(model, batches(), progress=False)
+    return model
+
+
+def _torchao_dynamic(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _nothing_lacks() -> str | None:
+    return None
+
+
+def _torchao_lacks() -> str | None:
+    return None if importlib.util.find_spec("torchao") is not None else "torchao is not installed"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a model.
+
+    name: as it stands in options and tables. group: stock (whose fastest is the bar), ours or torchao.
+    rank: lower ranks run first, on every workload.
+    prepare: changes a copy of the float model; it may draw calibration batches. mode: of torch.compile; None runs eager. backend: of torch.compile.
+    lacks: why it cannot run here, or None.
+    """
+
+    name: str
+    group: str
+    rank: int
+    prepare: Prepare
+    mode: str | None
+    backend: str = "inductor"
+    lacks: Callable[[], str | None] = _nothing_lacks
+
+    @property
+    def family(self) -> str:
+        """Variants of one family prepare the model in the same way; only the mode differs."""
+        return f"{self.group} {self.prepare.__name__}"
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        if self.mode is None:
+            return model
+        return torch.compile(model, backend=self.backend, mode=self.mode, dynamic=False)
+
+
+DEFAULT, TUNED, GRAPHS = "default", "max-autotune", "reduce-overhead"
+
+
+def _ours(kind: str, rank: int, prepare: Prepare, mode: str) -> Variant:
+    return Variant(f"ours-{kind}-{mode}", "ours", rank, prepare, mode, backend="int8_inductor")
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant("stock-eager", "stock", 0, _as_it_is, None),
+    Variant("stock-default", "stock", 0, _as_it_is, DEFAULT),
+    Variant("stock-max-autotune", "stock", 0, _as_it_is, TUNED),
+    Variant("stock-reduce-overhead", "stock", 0, _as_it_is, GRAPHS),
+    _ours("dynamic", 0, _ours_dynamic, DEFAULT),
+    _ours("dynamic", 0, _ours_dynamic, TUNED),
+    _ours("dynamic", 1, _ours_dynamic, GRAPHS),
+    _ours("static", 2, _ours_static, DEFAULT),
+    _ours("static", 1, _ours_static, TUNED),
+    _ours("static", 2, _ours_static, GRAPHS),
+    Variant("torchao-dynamic-default", "torchao", 1, _torchao_dynamic, DEFAULT, lacks=_torchao_lacks),
+    Variant("torchao-dynamic-max-autotune", "torchao", 3, _torchao_dynamic, TUNED, lacks=_torchao_lacks),
+)

@@ -1,0 +1,172 @@
+"""What was rewritten, into which kernel, and why the rest was not: `explain(model, *inputs)` and the ledger that the passes write.
+
+Every quant, dequant and linear of a graph has one `Entry`. Its status is one of STATUSES.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from . import config
+
+__all__ = ["Entry", "LeftBehindError", "Report", "explain"]
+
+log = logging.getLogger("int8_inductor")
+
+REWRITTEN = "rewritten"
+FEEDS = "feeds"
+FLOAT = "float"
+LEFT = "left"
+STATUSES = {
+    REWRITTEN: "part of a scaled_mm kernel",
+    FEEDS: "a quant that computes the int8 input of a scaled_mm, in a kernel of its own that Inductor fuses with what precedes it",
+    FLOAT: "a linear that nobody quantized",
+    LEFT: "left as it was; the reason says why",
+}
+TAG = "int8_inductor_linear"
+"""Key of a scaled_mm node's meta: the name of the linear that it came from."""
+
+
+class LeftBehindError(RuntimeError):
+    """config.strict is on and a pass left a quant, dequant or quantized linear as it was."""
+
+
+@dataclass
+class Entry:
+    """One quant, dequant or linear of a graph."""
+
+    kind: str
+    name: str
+    status: str
+    reason: str = ""
+    kernel: str = ""
+    epilogue: str = ""
+    source: str = ""
+
+
+@dataclass
+class Report:
+    """All entries of all graphs that one model compiled to. `str(report)` is a table, `report.to_dict()` plain data."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    def _of(self, kind: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.kind == kind]
+
+    @property
+    def linears(self) -> list[Entry]:
+        """Entries of the matrix products."""
+        return self._of("linear")
+
+    @property
+    def quants(self) -> list[Entry]:
+        """Entries of the float -> int8 conversions."""
+        return self._of("quant")
+
+    @property
+    def dequants(self) -> list[Entry]:
+        """Entries of the int8 -> float conversions."""
+        return self._of("dequant")
+
+    def left(self) -> list[Entry]:
+        """What was left as it was."""
+        return [entry for entry in self.entries if entry.status == LEFT]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Number of entries by kind and status; every kind and status is there."""
+        table = {kind: dict.fromkeys(STATUSES, 0) for kind in ("linear", "quant", "dequant")}
+        for entry in self.entries:
+            table[entry.kind][entry.status] += 1
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts and entries as plain dicts and strings."""
+        return {"counts": self.counts(), "entries": [asdict(entry) for entry in self.entries]}
+
+    def __str__(self) -> str:
+        header = ("kind", "name", "status", "kernel", "epilogue", "reason", "source")
+        rows = [header, *(tuple(str(getattr(entry, column)) for column in header) for entry in self.entries)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], self.summary()])
+
+    def summary(self) -> str:
+        """One line: how many linears, quants and dequants were rewritten, of how many."""
+        counts = self.counts()
+        quantized = sum(counts["linear"].values()) - counts["linear"][FLOAT]
+        done = counts["quant"][REWRITTEN]
+        return (
+            f"{counts['linear'][REWRITTEN]} of {quantized} int8 linears rewritten ({counts['linear'][FLOAT]} float linears); "
+            f"quants: {done} fused, {counts['quant'][FEEDS]} feeding, {counts['quant'][LEFT]} left; "
+            f"dequants: {counts['dequant'][REWRITTEN]} fused, {counts['dequant'][LEFT]} left"
+        )
+
+
+_recording: ContextVar[Report | None] = ContextVar("int8_inductor_report", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Report]:
+    """Collect what the passes and lowerings do inside the block into one Report."""
+    report = Report()
+    token = _recording.set(report)
+    try:
+        yield report
+    finally:
+        _recording.reset(token)
+
+
+def publish(report: Report) -> None:
+    """Log one graph's report, hand it to `recording`, and, when config.strict is on, raise on what was left."""
+    left = report.left()
+    if any(entry.status != FLOAT for entry in report.entries):
+        log.info(report.summary())
+    else:
+        log.info("nothing quantized in this graph (%d float linears): it compiles as with inductor", len(report.linears))
+    for entry in left:
+        log.warning("%s %s left as it was: %s%s", entry.kind, entry.name, entry.reason, f" ({entry.source})" if entry.source else "")
+    if (collected := _recording.get()) is not None:
+        collected.entries.extend(report.entries)
+    if config.strict and left:
+        first = left[0]
+        raise LeftBehindError(f"{first.kind} {first.name} was left as it was: {first.reason}{f' ({first.source})' if first.source else ''}")
+
+
+def record_kernel(node: torch.fx.Node, kernel: str, epilogue: str) -> None:
+    """Note which kernel the scaled_mm `node` lowered to."""
+    log.debug("%s -> %s, epilogue %s", node.name, kernel, epilogue)
+    report, name = _recording.get(), node.meta.get(TAG)
+    if report is None or name is None:
+        return
+    for entry in reversed(report.linears):
+        if entry.name == name and not entry.kernel:
+            entry.kernel, entry.epilogue = kernel, epilogue
+            return
+
+
+def explain(model: Any, *inputs: Any, **kwargs: Any) -> Report:
+    """Compile `model` for these inputs and report every quant, dequant and linear: rewritten to which kernel, or left and why.
+
+    `model` is a module or function, compiled or not; it is run once on the inputs, without gradients. Caches are left alone, so that the
+    passes run; what torch.compile has compiled for `model` before stays valid.
+    """
+    from torch._inductor import config as inductor_config
+
+    from .backend import int8_inductor
+
+    target = getattr(model, "_orig_mod", model)
+    target = getattr(target, "_torchdynamo_orig_callable", target)
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        return int8_inductor(gm, example_inputs)
+
+    with recording() as report, config.patch(strict=False), inductor_config.patch(force_disable_caches=True), torch.no_grad():
+        torch.compile(target, backend=backend)(*inputs, **kwargs)
+    return report

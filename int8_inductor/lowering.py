@@ -1,0 +1,225 @@
+"""Lowering: scaled_mm -> operands -> choices over TEMPLATES -> autotune; or, for KernelPreference.TORCH, aten._int_mm and pointwise code.
+
+The TORCH path compiles the operator's own eager definition (ops.py) around `_int_mm`, so there is no second spelling of any epilogue.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, lowerings, process_subgraph_nodes, register_lowering
+from torch._inductor.select_algorithm import realize_inputs
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from . import ops
+from ._compat import select_choice
+from .explain import record_kernel
+from .kernels import KernelPreference, parse, resolve
+from .templates import TEMPLATES
+from .templates.tail import COLUMN, CONSTANT, ROW, SCALAR, Indexing, Tail
+
+aten = torch.ops.aten
+
+_ROW_OPERANDS = ("a_scale", "a_zero_point", "out_scale", "out_zero_point")
+_COLUMN_OPERANDS = ("b_scale", "b_zero_point", "bias")
+_OPERAND_ORDER = ("a_scale", "b_scale", "a_zero_point", "b_zero_point", "bias", "out_scale", "out_zero_point")
+
+# cuBLASLt's int8 product wants M > 16 and N and K in multiples of 8.
+_INT_MM_MIN_M = 17
+_INT_MM_MULTIPLE = 8
+
+
+def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """aten._int_mm of a [M, K] and b [N, K], with a and b padded by zeros to the sizes that it accepts on a GPU."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a, b.t())
+    (m, k), n = a.shape, b.shape[0]
+    rows = 0 if statically_known_true(m >= _INT_MM_MIN_M) else _INT_MM_MIN_M - 1
+    columns, depth = -n % _INT_MM_MULTIPLE, -k % _INT_MM_MULTIPLE
+    padded_a = F.pad(a, (0, depth, 0, rows)) if rows or depth else a
+    padded_b = F.pad(b, (0, depth, 0, columns)) if columns or depth else b
+    product = torch._int_mm(padded_a.contiguous(), padded_b.t())
+    return product[:m, :n] if rows or columns else product
+
+
+def _lower_eager(fn: Callable[..., Any], tensors: dict[str, Any]) -> Any:
+    """Lower `fn(**tensors)`, an eager function, in place: traced on the fake values, decomposed, and run through Inductor's lowerings."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    node = V.graph.current_node
+    assert isinstance(node, torch.fx.Node)
+    names = list(tensors)
+    fakes = [_argument(node, name).meta["val"] for name in names]
+
+    def positional(*args: Tensor) -> Any:
+        return fn(**dict(zip(names, args, strict=True)))
+
+    with V.fake_mode:
+        traced = make_fx(positional, decomposition_table=select_decomp_table())(*fakes)
+    return process_subgraph_nodes(traced, [tensors[name] for name in names])
+
+
+def _argument(node: torch.fx.Node, name: str) -> Any:
+    """The argument `name` of a call to one of our operators, however it was passed."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    normalized = dict(node.kwargs)
+    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+        normalized[argument.name] = value
+    return normalized.get(name)
+
+
+def _constant(name: str) -> float | None:
+    """The value of a scale or zero point that the graph holds as a constant (aten.full), or None."""
+    value = _argument(V.graph.current_node, name)
+    if isinstance(value, torch.fx.Node) and value.target is aten.full.default and isinstance(value.args[1], (int, float)):
+        return float(value.args[1])
+    return None
+
+
+def _is_one(size: Any) -> bool:
+    return bool(V.graph.sizevars.statically_known_equals(size, 1))
+
+
+def _as_operand(name: str, box: Any) -> tuple[Indexing, Any]:
+    """How a tail reads operand `name`, and what is passed: a realized vector, or a literal."""
+    if (value := _constant(name)) is not None:
+        return CONSTANT, repr(value)
+    size = box.get_size()
+    numel = functools.reduce(lambda x, y: x * y, size, sympy.S.One)
+    vector = realize_inputs(lowerings[aten.reshape](box, [numel]))
+    if _is_one(numel):
+        return SCALAR, vector
+    return (ROW if name in _ROW_OPERANDS else COLUMN), vector
+
+
+def _shared_memory_limit(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 2**31  # the interpreter has no shared memory
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _size_hint(size: Any) -> int:
+    return int(V.graph.sizevars.optimization_hint(size) if hasattr(V.graph.sizevars, "optimization_hint") else V.graph.sizevars.size_hint(size))
+
+
+def _lower_triton(
+    name: str, a: Any, b: Any, operands: dict[str, Any], dtype: torch.dtype, *, activation: str, out_quant_min: int, block_size: int | None
+) -> Any:
+    from torch._inductor import config as inductor_config
+
+    a, b = realize_inputs(a), realize_inputs(b)
+    (m, k), n = a.get_size(), b.get_size()[0]
+    device = a.get_device()
+    indexings: dict[str, Indexing] = {}
+    literals: dict[str, str] = {}
+    inputs = [a, b]
+    for operand, box in operands.items():
+        if box is None:
+            continue
+        indexings[operand], value = _as_operand(operand, box)
+        if indexings[operand].is_argument:
+            inputs.append(value)
+        else:
+            literals[operand.upper()] = value
+    tail = Tail(**indexings, activation=activation, out_quant_min=out_quant_min, block_size=block_size)
+    mutated = []
+    if block_size is not None:
+        scales = empty_strided([m, n // block_size], None, dtype=torch.float32, device=device)
+        scales.realize()
+        mutated = [realize_inputs(scales)]
+        inputs += mutated
+    layout = ir.FixedLayout(device, dtype, [m, n])
+    static_k = int(k) if isinstance(k, (int, sympy.Integer)) else None
+    choices: list[Any] = []
+    thorough = bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
+    for module in TEMPLATES:
+        hints = (_size_hint(m), _size_hint(n), _size_hint(k))
+        for config in module.candidates(hints, _shared_memory_limit(device), tail, thorough=thorough):
+            declined = module.template(tail).maybe_append_choice(
+                choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=mutated or None, **literals, **module.constants(config, static_k)
+            )
+            if declined is not None:
+                raise declined
+        if device.type == "cpu":
+            choices = choices[:1]  # times in the interpreter say nothing
+    result = select_choice(name, choices, inputs, layout)
+    record_kernel(V.graph.current_node, "triton", tail.describe())
+    return (result, scales) if block_size is not None else result
+
+
+def _kernel(preference: str, a: Any) -> KernelPreference:
+    return resolve(parse(preference), a.get_device())
+
+
+def _present(boxes: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(_OPERAND_ORDER, boxes, strict=True))
+
+
+@register_lowering(ops.scaled_mm, type_promotion_kind=None)  # type: ignore[misc]
+def _lower_scaled_mm(
+    a: Any,
+    b: Any,
+    a_scale: Any,
+    b_scale: Any,
+    a_zero_point: Any = None,
+    b_zero_point: Any = None,
+    bias: Any = None,
+    *,
+    activation: str = "none",
+    kernel_preference: str = "auto",
+    out_scale: Any = None,
+    out_zero_point: Any = None,
+    out_quant_min: int = -128,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    operands = _present((a_scale, b_scale, a_zero_point, b_zero_point, bias, out_scale, out_zero_point))
+    dtype = torch.int8 if out_scale is not None else out_dtype or torch.float32
+    if _kernel(kernel_preference, a) is KernelPreference.TRITON:
+        return _lower_triton(
+            "int8_scaled_mm", a, b, operands, dtype, activation=activation, out_quant_min=out_quant_min, block_size=None
+        )
+
+    def eager(*, out_scale: Tensor | None = None, out_zero_point: Tensor | None = None, **linear: Any) -> Tensor:
+        y = ops.linear_eager(**linear, activation=activation, int_mm=_padded_int_mm)
+        return ops.store_eager(y, out_scale, out_zero_point, out_quant_min, out_dtype)
+
+    record_kernel(V.graph.current_node, "aten._int_mm", "pointwise epilogue")
+    return _lower_eager(eager, {"a": a, "b": b} | {name: box for name, box in operands.items() if box is not None})
+
+
+@register_lowering(ops.scaled_mm_block_quant, type_promotion_kind=None)  # type: ignore[misc]
+def _lower_scaled_mm_block_quant(
+    a: Any,
+    b: Any,
+    a_scale: Any,
+    b_scale: Any,
+    a_zero_point: Any = None,
+    b_zero_point: Any = None,
+    bias: Any = None,
+    *,
+    activation: str = "none",
+    kernel_preference: str = "auto",
+    block_size: int = 128,
+) -> Any:
+    operands = _present((a_scale, b_scale, a_zero_point, b_zero_point, bias, None, None))
+    if _kernel(kernel_preference, a) is KernelPreference.TRITON:
+        return _lower_triton(
+            "int8_scaled_mm_block_quant", a, b, operands, torch.int8, activation=activation, out_quant_min=-127, block_size=block_size
+        )
+
+    def eager(**linear: Any) -> tuple[Tensor, Tensor]:
+        from .reference import quantize_blocks
+
+        return quantize_blocks(ops.linear_eager(**linear, activation=activation, int_mm=_padded_int_mm), block_size)
+
+    record_kernel(V.graph.current_node, "aten._int_mm", "pointwise epilogue")
+    return _lower_eager(eager, {"a": a, "b": b} | {name: box for name, box in operands.items() if box is not None})

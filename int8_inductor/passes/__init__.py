@@ -1,0 +1,89 @@
+"""The passes, in the order in which they run over a joint graph, and the one Inductor pass that runs them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+from .. import config
+from ..explain import publish
+from ..kernels import KernelPreference, parse
+from .context import Context, current, running
+from .dialects import find_dequant
+from .epilogue import BIAS, OUT_DTYPE, fold_activations
+from .linear import LINEAR
+from .requantize import fold_quants
+from .shared import merge_quants
+
+__all__ = ["PASSES", "Int8Pass"]
+
+
+def _note_dequants(graph: Graph) -> None:
+    """Enter every dequant in the ledger, and the order of the nodes, before anything changes."""
+    for position, node in enumerate(graph.nodes):
+        current().ledger.order[node.name] = position
+        if find_dequant(node) is not None:
+            current().ledger.found_dequant(node, "")
+
+
+def _remove_noops(graph: Graph) -> None:
+    from torch._inductor.fx_passes.post_grad import remove_noop_ops
+
+    remove_noop_ops(graph)
+
+
+PASSES: tuple[Callable[[Graph], Any], ...] = (
+    _remove_noops,  # views to the same shape, as torchao's affine ops leave them; Inductor itself removes them right after
+    merge_quants,
+    _note_dequants,
+    LINEAR.apply,
+    BIAS.apply,
+    fold_activations,
+    fold_quants,
+    OUT_DTYPE.apply,
+)
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A hash of every file of this package: compiled graphs are cached under it."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+class Int8Pass(CustomGraphPass):
+    """Runs PASSES over a joint graph and publishes the report. `kernel_preference`: for the scaled_mm nodes that it makes; None: config's."""
+
+    def __init__(self, kernel_preference: str | KernelPreference | None = None) -> None:
+        self._preference = None if kernel_preference is None else parse(kernel_preference)
+
+    @property
+    def preference(self) -> KernelPreference:
+        """The kernel preference in force."""
+        return parse(config.kernel_preference) if self._preference is None else self._preference
+
+    def __call__(self, graph: Graph) -> None:
+        from .. import lowering  # noqa: F401 - registers the lowerings of what the passes write
+
+        with running(Context(self.preference)) as context:
+            for each in PASSES:
+                each(graph)
+            graph.eliminate_dead_code()
+            publish(context.ledger.settle(graph))
+
+    def uuid(self) -> Any:
+        """What compiled graphs are cached under: our sources, flags and the versions that the result depends on."""
+        from .._compat import triton_version
+
+        return ("int8_inductor", sources_digest(), torch.__version__, triton_version(), self.preference.value, config.strict)

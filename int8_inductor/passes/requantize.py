@@ -1,0 +1,159 @@
+"""scaled_mm -> quant, folded into the operator.
+
+    quantize(view(cast(scaled_mm(...))), scale)              ->  view(scaled_mm(..., out_scale=scale))               int8 out
+    quantize of [M, N / 128, 128] blocks by their own amax    ->  scaled_mm_block_quant(..., block_size=128)          int8 and scales
+
+The first needs a scale that is there before the product is: static, per tensor or per row. Folded away too: the float value between two linears, so
+that a chain of them stays int8.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor.pattern_matcher import Match, PatternExpr
+from torch.fx import Graph, Node
+
+from .. import ops, reference
+from .base import Declined, Path, arguments_of, aten, getitem, make, same, shared, val, walk_back
+from .context import current
+from .dialects import Quant, find_quant
+from .epilogue import SCALED_MM, refold, trace_pattern
+from .operands import Factor, read_factor
+
+__all__ = ["fold_quants"]
+
+
+def fold_quants(graph: Graph) -> None:
+    """Fold every quant of `graph` that follows a scaled_mm into it; name the others in the ledger, with the reason."""
+    for node in list(graph.nodes):
+        quant = find_quant(node)
+        if quant is None:
+            continue
+        try:
+            _fold(quant)
+            reason = ""
+        except Declined as declined:
+            reason = str(declined)
+        current().ledger.found_quant(node, reason)
+    graph.eliminate_dead_code()
+
+
+def _fold(quant: Quant) -> None:
+    if quant.problem:
+        raise Declined(quant.problem)
+    if quant.quant_max != reference.INT8_MAX or quant.quant_min not in (reference.INT8_MIN, reference.SYMMETRIC_MIN):
+        raise Declined(f"it clamps to [{quant.quant_min:g}, {quant.quant_max:g}], not to int8's range")
+    scaled_mm, path = walk_back(quant.x)
+    if scaled_mm.target is not SCALED_MM:
+        raise Declined("no linear comes right before it")
+    blocks = _match_blocks(quant, scaled_mm, path)
+    if blocks is not None:
+        _fold_blocks(quant, scaled_mm, blocks)
+        return
+    if isinstance(quant.scale, Node) and _depends_on(quant.scale, scaled_mm):
+        raise Declined("its scale is computed from the value that it quantizes")
+    other = shared(scaled_mm, path) or (None if _only_for(quant.x, {quant.node}) else quant.x)
+    if other is not None:
+        raise Declined(f"the float value {other.name} has another user")
+    arguments = arguments_of(scaled_mm)
+    if arguments["out_scale"] is not None:
+        raise Declined("the linear stores int8 already")
+    rows = set(range(val(quant.x).ndim - 1))
+    scale = read_factor(quant.scale, quant.axis, quant.x, rows, "quant's scale", quant.inverse)
+    zero_point = None if quant.zero_point is None else read_factor(quant.zero_point, quant.axis, quant.x, rows, "quant's zero point")
+    _check_rows([f for f in (scale, zero_point) if f is not None], path, scaled_mm)
+    graph = quant.node.graph
+    with graph.inserting_before(quant.node):
+        updates: dict[str, Any] = {
+            "out_scale": scale.emit(graph, quant.node, torch.float32),
+            "out_zero_point": None if zero_point is None else zero_point.emit(graph, quant.node, None),
+            "out_quant_min": int(quant.quant_min),
+            "out_dtype": None,
+        }
+        folded = refold(quant.node, scaled_mm, path, **updates)
+        quant.node.replace_all_uses_with(path.replay(graph, folded))
+
+
+def _check_rows(factors: list[Factor], path: Path, scaled_mm: Node) -> None:
+    """A per-row factor has the rows of what is quantized: they must be the product's, in order."""
+    if not any(factor.per_row for factor in factors):
+        return
+    if not path.keeps_last or any(node.target is aten.permute.default for node in path.nodes):
+        raise Declined("the linear's rows are rearranged before they are quantized row by row")
+
+
+def _depends_on(node: Node, on: Node) -> bool:
+    pending, seen = [node], set()
+    while pending:
+        each = pending.pop()
+        if each is on:
+            return True
+        if each not in seen:
+            seen.add(each)
+            pending.extend(each.all_input_nodes)
+    return False
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A scale that is each block's own amax: its root, and how many columns a block has."""
+
+    scale: Node
+    size: int
+
+
+@functools.cache
+def _block_scale_pattern() -> PatternExpr:
+    return trace_pattern(lambda x: reference.choose_scale_symmetric(x, [-1]), 4, 2, 128)
+
+
+def _match_blocks(quant: Quant, scaled_mm: Node, path: Path) -> _Blocks | None:
+    """The dynamic per-row-block quantization of reference.quantize_blocks, or None."""
+    shape = val(quant.x).shape
+    if not isinstance(quant.scale, Node) or len(shape) != 3 or quant.zero_point is not None or quant.inverse:
+        return None
+    match = _block_scale_pattern().match(quant.scale)
+    if not isinstance(match, Match) or match.kwargs["x"] is not quant.x:
+        return None
+    return _Blocks(quant.scale, int(shape[-1])) if isinstance(shape[-1], int) else None
+
+
+def _fold_blocks(quant: Quant, scaled_mm: Node, blocks: _Blocks) -> None:
+    (m, n), shape = val(scaled_mm).shape, val(quant.x).shape
+    if blocks.size not in ops.BLOCK_SIZES:
+        raise Declined(f"it quantizes blocks of {blocks.size} columns, not of {', '.join(map(str, ops.BLOCK_SIZES))}")
+    if not (same(shape[0], m) and same(shape[1] * shape[2], n)) or quant.quant_min != reference.SYMMETRIC_MIN:
+        raise Declined("its blocks are not blocks of the linear's columns")
+    _, path = walk_back(quant.x)
+    if shared(scaled_mm, path) is not None or arguments_of(scaled_mm)["out_scale"] is not None:
+        raise Declined("the float value has another user")
+    if not _only_for(quant.x, {quant.node, blocks.scale}):
+        raise Declined("the float value has another user")
+    graph = quant.node.graph
+    first = min((quant.node, blocks.scale), key=list(graph.nodes).index)
+    with graph.inserting_before(first):
+        both = refold(first, scaled_mm, path, ops.scaled_mm_block_quant, block_size=blocks.size)
+        q, scale = getitem(graph, both, 0), getitem(graph, both, 1)
+        q_blocks = path.replay(graph, q)
+        scale_blocks = make(graph, first, aten.unsqueeze.default, scale, -1)
+    for old, value in ((quant.node, q_blocks), (blocks.scale, scale_blocks)):
+        old.replace_all_uses_with(value, delete_user_cb=lambda user, keep=value: user is not keep)
+
+
+def _only_for(value: Node, ends: set[Node]) -> bool:
+    """Whether every use of `value` leads to `ends` and nowhere else."""
+    pending, seen = list(value.users), set()
+    while pending:
+        node = pending.pop()
+        if node in ends or node in seen:
+            continue
+        seen.add(node)
+        if not node.users or node.op == "output":
+            return False
+        pending.extend(node.users)
+    return True
+

@@ -1,0 +1,137 @@
+"""The tail that every scaled_mm template shares: from the int32 accumulator to the stored tile.
+
+A `Tail` says which operands there are and how each is indexed; `Tail.source()` writes the Triton text. Around it a template supplies `dot`
+(int32 [BLOCK_M, BLOCK_N]), the index vectors `rm` and `rn`, their in-range twins `ram` and `rbn`, `M`, `N` and, where zero points ask for them,
+the sums `a_sum` [BLOCK_M] and `b_sum` [BLOCK_N] over K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from .. import reference
+from ..epilogues import EPILOGUES
+
+__all__ = ["COLUMN", "CONSTANT", "ROW", "SCALAR", "Indexing", "Tail"]
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """How a tail reads an operand: `load` is a Triton expression of the operand's name; a literal is not a kernel argument."""
+
+    name: str
+    load: str
+    is_argument: bool = True
+
+
+SCALAR = Indexing("scalar", "tl.load({0})")
+ROW = Indexing("row", 'tl.load({0} + ram * {{{{stride("{0}", 0)}}}})[:, None]')
+COLUMN = Indexing("column", 'tl.load({0} + rbn * {{{{stride("{0}", 0)}}}})[None, :]')
+CONSTANT = Indexing("constant", "tl.full((), {0}, tl.float32)", is_argument=False)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The static shape of what follows the main loop. None: that operand is absent. `block_size`: dynamic requantize with scales as second output."""
+
+    a_scale: Indexing
+    b_scale: Indexing
+    a_zero_point: Indexing | None = None
+    b_zero_point: Indexing | None = None
+    bias: Indexing | None = None
+    out_scale: Indexing | None = None
+    out_zero_point: Indexing | None = None
+    activation: str = "none"
+    out_quant_min: int = reference.INT8_MIN
+    block_size: int | None = None
+
+    def operands(self) -> dict[str, Indexing]:
+        """The operands that are there, by field name, in the order in which a kernel takes them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Indexing)}
+
+    def arguments(self) -> list[str]:
+        """Names of the kernel arguments, after A and B."""
+        names = [name.upper() for name, indexing in self.operands().items() if indexing.is_argument]
+        return names + (["BLOCK_SCALES"] if self.block_size else [])
+
+    def name(self) -> str:
+        """A name for the kernel that says what the tail does, unique to it."""
+        parts = [f"{name}_{indexing.name}" for name, indexing in self.operands().items()]
+        parts.append(self.activation)
+        if self.out_scale or self.block_size:
+            parts.append(f"int8_{-self.out_quant_min}")
+        if self.block_size:
+            parts.append(f"block{self.block_size}")
+        return "_".join(parts)
+
+    def describe(self) -> str:
+        """The epilogue in words, for reports: e.g. 'bias + gelu + int8'."""
+        parts = ["scales"]
+        parts += ["zero point"] if self.a_zero_point or self.b_zero_point else []
+        parts += ["bias"] if self.bias else []
+        parts += [self.activation] if self.activation != "none" else []
+        parts += ["int8"] if self.out_scale else []
+        parts += [f"int8 in blocks of {self.block_size}"] if self.block_size else []
+        return " + ".join(parts)
+
+    def _load(self, name: str) -> str:
+        return self.operands()[name].load.format(name.upper())
+
+    def loop_lines(self) -> list[str]:
+        """What the main loop adds for each pair of int8 tiles a [BLOCK_M, BLOCK_K] and b [BLOCK_K, BLOCK_N]."""
+        lines = ["b_sum += tl.sum(b.to(tl.int32), axis=0)"] if self.a_zero_point else []
+        return lines + (["a_sum += tl.sum(a.to(tl.int32), axis=1)"] if self.b_zero_point else [])
+
+    def init_lines(self) -> list[str]:
+        """What those sums start from."""
+        lines = ["b_sum = tl.zeros((BLOCK_N,), dtype=tl.int32)"] if self.a_zero_point else []
+        return lines + (["a_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)"] if self.b_zero_point else [])
+
+    def _accumulator_lines(self) -> list[str]:
+        lines = []
+        if self.a_zero_point:
+            lines += [f"a_zero_point = {self._load('a_zero_point')}.to(tl.int32)", "dot -= a_zero_point * b_sum[None, :]"]
+        if self.b_zero_point:
+            shift = "a_sum[:, None] - K * a_zero_point" if self.a_zero_point else "a_sum[:, None]"
+            lines.append(f"dot -= ({shift}) * {self._load('b_zero_point')}.to(tl.int32)")
+        lines.append(f"x = dot.to(tl.float32) * {self._load('a_scale')} * {self._load('b_scale')}")
+        if self.bias:
+            lines.append(f"x += {self._load('bias')}.to(tl.float32)")
+        return [*lines, f"y = {EPILOGUES[self.activation].triton}"]
+
+    def _round_lines(self) -> list[str]:
+        """Steps `t` to a float that int8 holds exactly: NaN is zero, round half to even, shift, saturate."""
+        lines = ["t = libdevice.rint(tl.where(t == t, t, 0.0))"]
+        if self.out_zero_point:
+            lines.append(f"t += {self._load('out_zero_point')}.to(tl.float32)")
+        return [*lines, f"y = tl.minimum(tl.maximum(t, {float(self.out_quant_min)}), {float(reference.INT8_MAX)})"]
+
+    def _block_lines(self) -> list[str]:
+        size = self.block_size
+        tiny = repr(reference.SMALLEST_SCALE)
+        return [
+            f"blocks = tl.reshape(tl.abs(y), (BLOCK_M, BLOCK_N // {size}, {size}))",
+            # tl.max may drop a NaN; a block that holds anything not finite has no scale.
+            'finite = tl.min((blocks < float("inf")).to(tl.int32), axis=2) == 1',
+            f"scale = tl.maximum(tl.max(blocks, axis=2) / {float(reference.INT8_MAX)}, {tiny})",
+            'scale = tl.where(finite, scale, float("nan"))',
+            f"rb = pid_n * (BLOCK_N // {size}) + tl.arange(0, BLOCK_N // {size})",
+            f"scale_mask = (rm[:, None] < M) & (rb[None, :] < N // {size})",
+            f"tl.store(BLOCK_SCALES + rm[:, None] * (N // {size}) + rb[None, :], scale, mask=scale_mask)",
+            f"inverse = tl.broadcast_to((1.0 / scale)[:, :, None], (BLOCK_M, BLOCK_N // {size}, {size}))",
+            "t = y * tl.reshape(inverse, (BLOCK_M, BLOCK_N))",
+            *self._round_lines(),
+        ]
+
+    def source(self) -> str:
+        """The text from `dot` to the store, indented for a kernel body."""
+        lines = self._accumulator_lines()
+        if self.out_scale:
+            lines += [f"t = y * (1.0 / {self._load('out_scale')})", *self._round_lines()]
+        if self.block_size:
+            lines += self._block_lines()
+        lines += ["idx_m = rm[:, None]", "idx_n = rn[None, :]", "mask = (idx_m < M) & (idx_n < N)"]
+        lines.append('{{store_output(("idx_m", "idx_n"), "y", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}')
+        return "\n".join("    " + line for line in lines)

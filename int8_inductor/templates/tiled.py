@@ -1,0 +1,143 @@
+"""The tiled template: one output tile a program, operands through pointers. Any NVIDIA GPU from sm_80 on, any M, N, K and strides.
+
+The weight is [N, K] with K contiguous, as 8-bit tensor cores want both operands; other strides work, more slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from .tail import Tail
+
+__all__ = ["CONFIGS", "TiledConfig", "is_legal", "template"]
+
+
+@dataclass(frozen=True)
+class TiledConfig:
+    """Tile sizes in elements, pipeline stages, warps, and how many tile rows share a run through the weight (for L2)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    group_m: int = 8
+
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that the pipelined int8 tiles take."""
+        return (self.block_m + self.block_n) * self.block_k * self.num_stages
+
+
+# Large M first, decode last. Which of them wins where is measured in benchmarks/results.
+CONFIGS = (
+    TiledConfig(128, 256, 128, 3, 8),
+    TiledConfig(256, 128, 128, 3, 8),
+    TiledConfig(128, 128, 128, 4, 8),
+    TiledConfig(128, 128, 128, 4, 4),
+    TiledConfig(64, 256, 128, 3, 4),
+    TiledConfig(128, 128, 64, 4, 8),
+    TiledConfig(64, 128, 128, 4, 4),
+    TiledConfig(64, 128, 128, 3, 4),
+    TiledConfig(64, 64, 128, 5, 4),
+    TiledConfig(32, 64, 256, 4, 4),
+    TiledConfig(32, 128, 128, 4, 4),
+    TiledConfig(16, 128, 256, 4, 4),
+    TiledConfig(16, 64, 256, 4, 4),
+    TiledConfig(16, 32, 512, 3, 4),
+    TiledConfig(16, 128, 128, 3, 4),
+)
+
+QUICK_CONFIGS = 6
+"""How many configs are timed when max_autotune is off."""
+WASTE = 1.5
+"""A config is not timed when its tiles cover this many times the area of the tightest config's."""
+
+
+def is_legal(config: TiledConfig, shared_memory_limit: int, tail: Tail) -> bool:
+    """Whether `config` can be built on a device with that many bytes of shared memory a block, with that tail."""
+    return config.shared_memory() <= shared_memory_limit and (tail.block_size is None or config.block_n % tail.block_size == 0)
+
+
+def candidates(sizes: tuple[int, int, int], shared_memory_limit: int, tail: Tail, *, thorough: bool) -> list[TiledConfig]:
+    """The configs worth timing for (M, N, K): legal, tiles not wasted on M, best guesses first; a few unless `thorough`."""
+    m, n, _ = sizes
+    legal = [config for config in CONFIGS if is_legal(config, shared_memory_limit, tail)]
+
+    def padded(config: TiledConfig) -> int:
+        return -(-m // config.block_m) * config.block_m * -(-n // config.block_n) * config.block_n
+
+    least = min(padded(config) for config in legal)
+    useful = [config for config in legal if padded(config) <= WASTE * least]
+    return useful if thorough else useful[:QUICK_CONFIGS]
+
+
+_MAIN_LOOP = """
+{{{{def_kernel({arguments})}}}}
+    M = {{{{size("A", 0)}}}}
+    N = {{{{size("B", 0)}}}}
+    K = {{{{size("A", 1)}}}}
+    pid = tl.program_id(0).to(INDEX_DTYPE)
+    grid_m = tl.cdiv(M, BLOCK_M)
+    grid_n = tl.cdiv(N, BLOCK_N)
+    # Programs that run together share rows of A and columns of B in L2.
+    width = GROUP_M * grid_n
+    group_id = pid // width
+    group_size = min(grid_m - group_id * GROUP_M, GROUP_M)
+    pid_m = group_id * GROUP_M + (pid % group_size)
+    pid_n = (pid % width) // group_size
+    rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+    rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
+    # Rows past the end read a row that exists; the store leaves them out.
+    ram = rm % M
+    rbn = rn % N
+    rk = tl.arange(0, BLOCK_K).to(INDEX_DTYPE)
+    a_tile = A + ram[:, None] * {{{{stride("A", 0)}}}} + rk[None, :] * {{{{stride("A", 1)}}}}
+    b_tile = B + rbn[None, :] * {{{{stride("B", 0)}}}} + rk[:, None] * {{{{stride("B", 1)}}}}
+    dot = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+{init}
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_tile)
+            b = tl.load(b_tile)
+        else:
+            a = tl.load(a_tile, mask=rk[None, :] < K - k, other=0)
+            b = tl.load(b_tile, mask=rk[:, None] < K - k, other=0)
+        dot = tl.dot(a, b, dot, out_dtype=tl.int32)
+{loop}
+        a_tile += BLOCK_K * {{{{stride("A", 1)}}}}
+        b_tile += BLOCK_K * {{{{stride("B", 1)}}}}
+"""
+
+
+def _indent(lines: list[str], spaces: int) -> str:
+    return "\n".join(" " * spaces + line for line in lines)
+
+
+def source(tail: Tail) -> str:
+    """The template's text with that tail, for Inductor to render."""
+    arguments = ", ".join(f'"{name}"' for name in ("A", "B", *tail.arguments()))
+    loop = _MAIN_LOOP.format(arguments=arguments, init=_indent(tail.init_lines(), 4), loop=_indent(tail.loop_lines(), 8))
+    return loop + tail.source()
+
+
+@functools.cache
+def template(tail: Tail):  # type: ignore[no-untyped-def]  # a TritonTemplate; imported late, as Inductor is slow to import
+    """The TritonTemplate with that tail; one object for each, as Inductor wants their names unique."""
+    from torch._inductor.kernel.mm_common import mm_grid
+    from torch._inductor.select_algorithm import TritonTemplate
+
+    return TritonTemplate(name=f"int8_scaled_mm_{tail.name()}", grid=mm_grid, source=source(tail))
+
+
+def constants(config: TiledConfig, k: int | None) -> dict[str, object]:
+    """The compile-time constants of a launch with K = k (None: symbolic)."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "EVEN_K": k is not None and k % config.block_k == 0,
+        "num_stages": config.num_stages,
+        "num_warps": config.num_warps,
+    }

@@ -1,0 +1,83 @@
+"""Inductor's real Triton code on a machine without a GPU: generated for the CPU device and run in Triton's interpreter, with NumPy.
+
+Import before anything compiles. Slow and exact; meant for small shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import torch._inductor.config as inductor_config
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.language.extra import libdevice
+from triton.runtime import driver
+from triton.runtime.interpreter import TensorHandle
+
+
+class InterpreterDriver:
+    """The few answers that Inductor asks of an active Triton driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_benchmarker(self) -> Any:
+        def benchmark(fn: Any, quantiles: Any = None, **_: Any) -> list[float]:
+            fn()
+            return [1.0] * len(quantiles or [0])
+
+        return benchmark
+
+
+def _on_numpy(fn: Any) -> Any:
+    """libdevice functions are empty under the interpreter; compute them with NumPy."""
+
+    def call(x: Any, *_: Any, **__: Any) -> Any:
+        if not isinstance(x, tl.tensor):
+            return fn(x)
+        data = x.handle.data
+        with np.errstate(all="ignore"):
+            return tl.core.tensor(TensorHandle(fn(data).astype(data.dtype), x.handle.dtype), x.type)
+
+    return call
+
+
+_LIBDEVICE = {
+    "erf": np.vectorize(math.erf, otypes=[np.float64]),
+    "tanh": np.tanh,
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda v: 1 / np.sqrt(v),
+    "nearbyint": np.rint,
+    "rint": np.rint,
+    "isnan": np.isnan,
+    "isinf": np.isinf,
+}
+
+
+def install() -> None:
+    """Route Inductor's CPU device to Triton's interpreter for the rest of the process."""
+    driver.set_active(InterpreterDriver())
+    inductor_config.cpu_backend = "triton"
+    inductor_config.compile_threads = 1
+    for name, fn in _LIBDEVICE.items():
+        setattr(libdevice, name, _on_numpy(fn))
