@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True)
 class Tail:
@@ -15,6 +13,10 @@ class Tail:
     activation: str = "none"
     bias: bool = False
     int8_out: bool = False
+
+    def out_bytes(self, float_bytes: int) -> int:
+        """Bytes of an output element where a float one has `float_bytes`."""
+        return 1 if self.int8_out else float_bytes
 
 
 TAILS = {each.name: each for each in (Tail("plain"), Tail("gelu-int8", "gelu", bias=True, int8_out=True))}
@@ -42,10 +44,6 @@ class Case:
         """Fewest bytes of an INT8 product: each operand read once, each output (`out_bytes` an element) written once, float32 scales and bias."""
         vectors = 4 * (self.m + self.n * (2 if self.tail.bias else 1))
         return self.m * self.k + self.n * self.k + self.m * self.n * out_bytes + vectors
-
-    def out_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of an output element when float output is `dtype`."""
-        return 1 if self.tail.int8_out else dtype.itemsize
 
 
 LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))

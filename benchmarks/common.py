@@ -22,6 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
+FLOAT_BYTES = {"bf16": 2, "fp32": 4}
+"""Bytes of an element, by the names that `dtype_name` gives."""
 OK, WRONG, REFUSED, UNAVAILABLE, ERROR = "ok", "wrong", "refused", "unavailable", "error"
 FAILURES = (WRONG, ERROR)
 
@@ -50,11 +52,6 @@ def float_dtype(device: torch.device) -> torch.dtype:
 def dtype_name(device: torch.device) -> str:
     """bf16 or fp32: the float rows' name in tables."""
     return "bf16" if device.type == "cuda" else "fp32"
-
-
-def float_dtype_bytes(name: str) -> int:
-    """Bytes of an element of the dtype that `dtype_name` gave this name."""
-    return {"bf16": 2, "fp32": 4}[name]
 
 
 def _version(package: str) -> str | None:

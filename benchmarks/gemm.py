@@ -66,7 +66,7 @@ def run_peer(peer: Peer, case: Case, device: torch.device, sets: Sets) -> dict[s
         "m": case.m, "n": case.n, "k": case.k, "tail": case.tail.name, "label": f"{case.label} {peer.name}", "peer": peer.name,
         "group": peer.group, "form": peer.form.name, "ms": None,
     }  # fmt: skip
-    floor = floor_ms(_device_name(device), case.operations, case.bytes_moved(case.out_bytes(common.float_dtype(device))))
+    floor = floor_ms(_device_name(device), case.operations, case.bytes_moved(case.tail.out_bytes(common.float_dtype(device).itemsize)))
     row["floor_ms"] = floor
     if (reason := peer.lacks(device)) is not None:
         return row | {"status": UNAVAILABLE, "reason": reason}

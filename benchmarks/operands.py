@@ -26,7 +26,7 @@ magnitude; with scales in bfloat16 too it would be 2.2e-3, so that is caught."""
 FLOAT_TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 """The same for products that round while they accumulate."""
 
-_POISON_BLOCKS = 4
+_POISON_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Operands:
 
     def bytes_of_one(self, case: Case, device: torch.device) -> int:
         """Bytes of one operand set and its output."""
-        return case.m * case.n * case.out_bytes(float_dtype(device)) + sum(t.nbytes for t in self.draw(case, device))
+        return case.m * case.n * case.tail.out_bytes(float_dtype(device).itemsize) + sum(t.nbytes for t in self.draw(case, device))
 
 
 def _scales(case: Case, device: torch.device, std: float) -> tuple[Tensor, Tensor]:
@@ -126,15 +126,19 @@ class Check:
 def run_poisoned(call: Callable[..., Tensor], stale: tuple[Tensor, ...], operands: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
     """call(*operands) with the memory of its output poisoned, and whether the output came to lie there.
 
-    The allocator gives a freed block of the same size out again, so blocks of the output's size are filled with NaN (int8: 85) and freed.
+    The allocator gives freed memory out again, so blocks of the output's size are filled with NaN (int8: 85) and freed.
     """
     sample = call(*stale)
     value = 85 if sample.dtype == torch.int8 else float("nan")
-    blocks = [torch.full_like(sample, value) for _ in range(_POISON_BLOCKS)]
-    addresses = {block.data_ptr() for block in (sample.fill_(value), *blocks)}
+    blocks = [sample.fill_(value), *(torch.full_like(sample, value) for _ in range(_POISON_BLOCKS))]
+    spans = sorted((block.data_ptr(), block.data_ptr() + block.nbytes) for block in blocks)
     del sample, blocks
     out = call(*operands)
-    return out, out.data_ptr() in addresses
+    start = out.data_ptr()
+    for low, high in spans:
+        if low <= start < high:
+            start = high
+    return out, start >= out.data_ptr() + out.nbytes
 
 
 def check(case: Case, form: Operands, call: Callable[..., Tensor], stale: tuple[Tensor, ...], device: torch.device) -> Check:

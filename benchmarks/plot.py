@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import tables
-from .common import OK, float_dtype_bytes, program, read_json, say
+from .common import FLOAT_BYTES, OK, program, read_json, say
 from .roofline import CEILINGS
 
 COLORS = {
@@ -24,6 +24,7 @@ COLORS = {
     "stock": "#6b6b6b", "fp8": "#d9801e", "int_mm": "#8a5aa8", "torchao": "#2a9d6f",
 }  # fmt: skip
 MARKERS = {"ours": "o", "ours triton": "^", "ours torch": "v", "stock": "s", "fp8": "D", "int_mm": "P", "torchao": "X"}
+ROOFLINE_GROUPS = ("stock", "fp8", "ours")
 
 
 def label(group: str, result: dict[str, Any]) -> str:
@@ -65,26 +66,31 @@ def draw_speed(axes: Axes, result: dict[str, Any]) -> None:
 
 def draw_roofline(axes: Axes, result: dict[str, Any]) -> None:
     """TOP/s over operations per byte, under the device's INT8 roofline where it is known. Every group stands at the INT8 case's intensity."""
-    out = float_dtype_bytes(result["float"])
+    out = FLOAT_BYTES[result["float"]]
     cases = list(tables.by_case(result).items())
-    for group in groups_of(result):
+    for place, group in enumerate(name for name in ROOFLINE_GROUPS if name in groups_of(result)):
+        # Side by side, or the groups of one case would hide each other.
+        shift = 1.16 ** (place - 1)
         points = []
         for case, groups in cases:
             if (row := tables.best(groups.get(group, []))) is not None:
-                points.append((case.operations / case.bytes_moved(1 if case.tail.int8_out else out), row["tops"]))
-        axes.scatter(*zip(*points, strict=True), s=40 if group == "ours" else 24, color=COLORS.get(group), marker=MARKERS.get(group, "o"), zorder=3)
+                points.append((case.operations / case.bytes_moved(case.tail.out_bytes(out)) * shift, row["tops"]))
+        axes.scatter(*zip(*points, strict=True), s=34 if group == "ours" else 20, color=COLORS[group], marker=MARKERS[group], zorder=3)
     ceiling = CEILINGS.get(result["environment"]["device"]["name"])
     if ceiling is not None:
         low, high = axes.get_xlim()
         knee = ceiling.int8_ops / ceiling.bandwidth
         xs = [max(low, 1.0), knee, max(high, 2 * knee)]
         axes.plot(xs, [min(ceiling.int8_ops, x * ceiling.bandwidth) / 1e12 for x in xs], color="black", linewidth=1.2)
-        axes.annotate("INT8 roofline (datasheet)", (knee, ceiling.int8_ops / 1e12), (-8, 4), "data", "offset points", ha="right", fontsize=8)
+        axes.annotate("INT8 roofline (datasheet)", (knee, ceiling.int8_ops / 1e12), (-8, 2), "data", "offset points", ha="right", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte of the INT8 case")
     axes.set_ylabel("TOP/s")
+    axes.set_title(", ".join(label(name, result) for name in ROOFLINE_GROUPS if name in groups_of(result)), fontsize=9)
     axes.grid(which="both", alpha=0.25)
+    axes.set_box_aspect(1)
+    axes.set_anchor("N")
 
 
 def gemm_figure(result: dict[str, Any]) -> Figure:
@@ -108,7 +114,7 @@ def draw_workload(axes: Axes, rows: list[dict[str, Any]], result: dict[str, Any]
         spread = [[row["ms"] - row["ms_p20"]], [row["ms_p80"] - row["ms"]]]
         axes.barh(y, row["ms"], color=COLORS.get(row["group"]), xerr=spread, error_kw={"linewidth": 1})
         share = f" ({base['ms'] / row['ms']:.2f}x)" if base else ""
-        axes.annotate(f"{row['ms']:.3g} ms{share}", (row["ms_p80"], y), (5, 0), "data", "offset points", va="center", fontsize=8)
+        axes.annotate(f"{row['ms']:.3f} ms{share}", (row["ms_p80"], y), (5, 0), "data", "offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.32)

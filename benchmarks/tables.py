@@ -30,12 +30,17 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def by_case(result: dict[str, Any]) -> dict[Case, dict[str, list[dict[str, Any]]]]:
-    """The rows of a GEMM result, by case and group, in the order of the run."""
+    """The rows of a GEMM result, by case and group; cases outside GROUPS first, then group by group with growing M, then those with a tail."""
     grouped: dict[Case, dict[str, list[dict[str, Any]]]] = {}
     for row in result["rows"]:
         case = Case(row["m"], row["n"], row["k"], TAILS[row["tail"]])
         grouped.setdefault(case, {}).setdefault(row["group"], []).append(row)
-    return grouped
+    return dict(sorted(grouped.items(), key=lambda item: _order(item[0])))
+
+
+def _order(case: Case) -> tuple[int, int, int, int]:
+    place = next((index for index, belongs in enumerate(GROUPS.values()) if belongs(case)), -1 if case.tail.name == "plain" else len(GROUPS))
+    return place, case.m, case.n, case.k
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

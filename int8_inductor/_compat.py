@@ -5,20 +5,29 @@ Everything else imports what it needs of Inductor's internals from here, under o
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch._dynamo.exc import ShortenTraceback
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 __all__ = [
     "SUPPORTED_TORCH",
+    "CompileError",
     "as_pass_list",
     "check_torch_version",
+    "compile_region",
     "custom_pass_slot",
+    "graph_breaks",
     "has_triton_package",
+    "run_apart",
     "select_choice",
+    "triton_version",
+    "unchain",
 ]
 
 SUPPORTED_TORCH = ((2, 11), (2, 15))
@@ -38,6 +47,52 @@ def check_torch_version(version: str = torch.__version__) -> None:
             f"int8_inductor supports torch {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
             f"got torch {version}: install a release in that range"
         )
+
+
+class CompileError(ShortenTraceback):
+    """A RuntimeError in a compilation that torch.compile hands to its caller as it is, not inside a BackendCompilerFailed."""
+
+    def __init__(self, message: str) -> None:
+        here = inspect.currentframe()
+        super().__init__(message, first_useful_frame=None if here is None else here.f_back)
+
+
+def compile_region(name: str | None) -> dict[str, Any]:
+    """The keyword argument by which compile_fx takes the `name` given to torch.compile (2.15); earlier there is none."""
+    return {} if name is None else {"compile_region_name": name}
+
+
+def run_apart(fn: Callable[..., Any], backend: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`fn(*args, **kwargs)`, compiled anew with `backend`, so that nothing compiled before or after is changed by it.
+
+    No cache is read or written, automatic dynamic shapes learn nothing from it, and it counts towards nobody's recompile limit: compiled code
+    belongs to a code object, so `fn` is inlined into a function whose code is new, and what a graph break leaves of `fn` is compiled in a region
+    of its own (from 2.13 on; in 2.11 it counts).
+    """
+    from torch._dynamo import config as dynamo_config
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return fn(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    no_limit = 2**31 - 1
+    compile_: Any = torch.compile
+    with (
+        dynamo_config.patch(automatic_dynamic_shapes=False, recompile_limit=no_limit, accumulated_recompile_limit=no_limit),
+        functorch_config.patch(enable_autograd_cache=False),
+        inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+    ):
+        return compile_(call, backend=backend, **isolated)(fn, args, kwargs)
+
+
+def graph_breaks() -> Counter[str]:
+    """How often Dynamo has broken a graph in this process, by reason."""
+    from torch._dynamo.utils import counters
+
+    return Counter(counters["graph_break"])
 
 
 def has_triton_package() -> bool:

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch._inductor import config as inductor_config
 
 from . import config
-from ._compat import custom_pass_slot, unchain
+from ._compat import CompileError, compile_region, custom_pass_slot, unchain
 from .kernels import parse
 from .passes import Int8Pass
 
-__all__ = ["int8_inductor"]
+__all__ = ["OptionError", "int8_inductor"]
+
+log = logging.getLogger("int8_inductor")
 
 SLOT = "joint_custom_pre_pass"
 """Inductor's slot for passes over the joint graph, before its own: after them (freezing, pad_mm) the patterns are gone."""
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 OWN_OPTIONS: dict[str, Callable[[Any], Any]] = {"kernel_preference": parse}
-"""Options of this backend beside Inductor's, and what checks each."""
+"""Options of this backend beside Inductor's, and what checks each: it returns the value to use, or raises ValueError."""
+
+
+class OptionError(CompileError):
+    """A mode or an option given to torch.compile that this backend does not take."""
+
+
+def _check_mode(mode: str | None) -> None:
+    if mode is not None and mode not in MODES:
+        raise OptionError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
 
 
 def _check_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -31,34 +46,67 @@ def _check_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict
     for key, value in (options or {}).items():
         name = key.replace("-", "_")
         if name in OWN_OPTIONS:
-            ours[name] = OWN_OPTIONS[name](value)
+            try:
+                ours[name] = OWN_OPTIONS[name](value)
+            except ValueError as error:
+                raise OptionError(f"option {error}") from None
             continue
         if name not in known:
             own = ", ".join(sorted(OWN_OPTIONS))
-            raise RuntimeError(f"Unexpected optimization option {key}, known options are {own} and those of torch._inductor.list_options()")
-        wanted = inductor_config.get_type(name)
-        if isinstance(wanted, type) and not isinstance(value, wanted):
-            raise RuntimeError(f"Unexpected type of attr {key}, got {type(value).__name__} should be {wanted.__name__}")
+            raise OptionError(f"unknown option {key!r}: allowed are {own} and those of torch._inductor.list_options()")
+        wanted = inductor_config.get_type(name)  # type: ignore[attr-defined]
+        if get_origin(wanted) is None and not isinstance(value, wanted):
+            raise OptionError(f"option {key!r} must be {wanted.__name__}, got {type(value).__name__} {value!r}")
         theirs[name] = value
     return ours, theirs
 
 
+def _why_passes_are_off(patches: dict[str, Any]) -> str | None:
+    name = "use_joint_graph_passes"
+    if patches.get(name, getattr(inductor_config, name)):
+        return None
+    return f"Inductor's option {name} is False (mode 'lite' sets it), and the passes of int8_inductor run among the joint-graph passes"
+
+
 def int8_inductor(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    name: str | None = None,
 ) -> Any:
     """Compile a Dynamo graph with Inductor and the INT8 passes.
 
     mode: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs", as for inductor.
-    options: Inductor's, and `kernel_preference` ("auto", "triton", "torch" or a KernelPreference). Unknown ones raise RuntimeError.
+    options: Inductor's, and `kernel_preference` ("auto", "triton", "torch" or a KernelPreference).
+    name: of the compiled region, as for inductor.
+
+    Raises:
+        OptionError: a mode or option that is unknown, of the wrong type, or that turns the passes off.
+        KernelPreferenceError: the kernel preference cannot be met on the graph's device.
+        LeftBehindError: config.strict is on and something int8 was not rewritten.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    _check_mode(mode)
     ours, theirs = _check_options(options)
-    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **theirs}
-    own_pass = Int8Pass(ours.get("kernel_preference"))
-    patches[SLOT] = _beside(patches.get(SLOT, inductor_config.joint_custom_pre_pass), own_pass)
-    return compile_fx(gm, list(example_inputs), config_patches=patches, **_decompositions(gm, patches))
+    patches = {**(list_mode_options(mode) if mode else {}), **theirs}
+    if (why := _why_passes_are_off(patches)) is not None:
+        raise OptionError(why)
+    patches[SLOT] = _beside(patches.get(SLOT, inductor_config.joint_custom_pre_pass), Int8Pass(ours.get("kernel_preference")))
+    return compile_fx(gm, list(example_inputs), config_patches=patches, **_decompositions(gm, patches), **compile_region(name))
+
+
+def _reset() -> None:
+    """Dynamo calls this on torch._dynamo.reset(), as it does for inductor: drop recorded CUDA graphs."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+int8_inductor.reset = _reset  # type: ignore[attr-defined]
 
 
 def _beside(slot: Any, own_pass: Int8Pass) -> Any:
@@ -98,19 +146,31 @@ def install_in_stock_inductor() -> None:
     stock = module.compile_fx
     if getattr(stock, "_int8_inductor", False):
         return
+    signature = inspect.signature(stock)
 
     @functools.wraps(stock)
-    def compile_fx(model_: Any, example_inputs_: Any, *args: Any, **kwargs: Any) -> Any:
-        patches = dict(kwargs.get("config_patches") or {})
-        slot = patches.get(SLOT, inductor_config.joint_custom_pre_pass)
-        if not config.register_passes or any(isinstance(each, Int8Pass) for each in unchain(slot)):
-            return stock(model_, example_inputs_, *args, **kwargs)
-        patches[SLOT] = _beside(slot, Int8Pass())
-        if isinstance(model_, torch.fx.GraphModule) and "decompositions" not in kwargs and len(args) < 3:
-            kwargs |= _decompositions(model_, patches)
-        return stock(model_, example_inputs_, *args, **{**kwargs, "config_patches": patches})
+    def compile_fx(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        _add_passes(call.arguments)
+        return stock(*call.args, **call.kwargs)
 
     compile_fx._int8_inductor = True  # type: ignore[attr-defined]
     module.compile_fx = compile_fx
 
 
+def _add_passes(arguments: dict[str, Any]) -> None:
+    """Put the passes into the arguments of a call of compile_fx, where config.register_passes asks for them and they are not there already."""
+    patches = dict(arguments.get("config_patches") or {})
+    slot = patches.get(SLOT, inductor_config.joint_custom_pre_pass)
+    if not config.register_passes or any(isinstance(each, Int8Pass) for each in unchain(slot)):
+        return
+    if (why := _why_passes_are_off(patches)) is not None:
+        if config.strict:
+            raise OptionError(why)
+        log.warning("nothing was rewritten: %s", why)
+        return
+    arguments["config_patches"] = patches
+    patches[SLOT] = _beside(slot, Int8Pass())
+    model = arguments["model_"]
+    if isinstance(model, torch.fx.GraphModule) and arguments.get("decompositions") is None:
+        arguments.update(_decompositions(model, patches))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import config
+from ._compat import CompileError, graph_breaks, run_apart
 
 __all__ = ["Entry", "LeftBehindError", "Report", "explain"]
 
@@ -34,7 +35,7 @@ TAG = "int8_inductor_linear"
 """Key of a scaled_mm node's meta: the name of the linear that it came from."""
 
 
-class LeftBehindError(RuntimeError):
+class LeftBehindError(CompileError):
     """config.strict is on and a pass left a quant, dequant or quantized linear as it was."""
 
 
@@ -53,9 +54,14 @@ class Entry:
 
 @dataclass
 class Report:
-    """All entries of all graphs that one model compiled to. `str(report)` is a table, `report.to_dict()` plain data."""
+    """All entries of all graphs that one model compiled to. `str(report)` is a table, `report.to_dict()` plain data.
+
+    graphs: how many graphs there were. graph_breaks: why Dynamo left code between them to run eagerly; of that code the report knows nothing.
+    """
 
     entries: list[Entry] = field(default_factory=list)
+    graphs: int = 0
+    graph_breaks: list[str] = field(default_factory=list)
 
     def _of(self, kind: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.kind == kind]
@@ -87,8 +93,8 @@ class Report:
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts and entries as plain dicts and strings."""
-        return {"counts": self.counts(), "entries": [asdict(entry) for entry in self.entries]}
+        """Counts and entries as plain dicts, numbers and strings."""
+        return {"counts": self.counts(), **asdict(self)}
 
     def __str__(self) -> str:
         header = ("kind", "name", "status", "kernel", "epilogue", "reason", "source")
@@ -102,10 +108,12 @@ class Report:
         counts = self.counts()
         quantized = sum(counts["linear"].values()) - counts["linear"][FLOAT]
         done = counts["quant"][REWRITTEN]
+        breaks = len(self.graph_breaks)
         return (
             f"{counts['linear'][REWRITTEN]} of {quantized} int8 linears rewritten ({counts['linear'][FLOAT]} float linears); "
             f"quants: {done} fused, {counts['quant'][FEEDS]} feeding, {counts['quant'][LEFT]} left; "
             f"dequants: {counts['dequant'][REWRITTEN]} fused, {counts['dequant'][LEFT]} left"
+            + (f"; {breaks} graph breaks, and what ran eagerly there is not in this report" if breaks else "")
         )
 
 
@@ -134,6 +142,7 @@ def publish(report: Report) -> None:
         log.warning("%s %s left as it was: %s%s", entry.kind, entry.name, entry.reason, f" ({entry.source})" if entry.source else "")
     if (collected := _recording.get()) is not None:
         collected.entries.extend(report.entries)
+        collected.graphs += 1
     if config.strict and left:
         first = left[0]
         raise LeftBehindError(f"{first.kind} {first.name} was left as it was: {first.reason}{f' ({first.source})' if first.source else ''}")
@@ -154,11 +163,12 @@ def record_kernel(node: torch.fx.Node, kernel: str, epilogue: str) -> None:
 def explain(model: Any, *inputs: Any, **kwargs: Any) -> Report:
     """Compile `model` for these inputs and report every quant, dequant and linear: rewritten to which kernel, or left and why.
 
-    `model` is a module or function, compiled or not; it is run once on the inputs, without gradients. Caches are left alone, so that the
-    passes run; what torch.compile has compiled for `model` before stays valid.
-    """
-    from torch._inductor import config as inductor_config
+    `model` is a module or function, compiled or not; it is compiled anew with backend="int8_inductor" and run once on the inputs, without
+    gradients. What torch.compile has compiled for it before stays valid, and no cache is read or written. Options given to torch.compile are not
+    known here; those of `config` and torch._inductor.config are in force.
 
+        >>> print(explain(model, *inputs))
+    """
     from .backend import int8_inductor
 
     target = getattr(model, "_orig_mod", model)
@@ -167,6 +177,8 @@ def explain(model: Any, *inputs: Any, **kwargs: Any) -> Report:
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         return int8_inductor(gm, example_inputs)
 
-    with recording() as report, config.patch(strict=False), inductor_config.patch(force_disable_caches=True), torch.no_grad():
-        torch.compile(target, backend=backend)(*inputs, **kwargs)
+    before = graph_breaks()
+    with recording() as report, config.patch(strict=False), torch.no_grad():
+        run_apart(target, backend, inputs, kwargs)
+    report.graph_breaks = sorted((graph_breaks() - before).elements())
     return report

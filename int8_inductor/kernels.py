@@ -6,7 +6,7 @@ import enum
 
 import torch
 
-from ._compat import has_triton_package
+from ._compat import CompileError, has_triton_package
 
 __all__ = ["KernelPreference", "KernelPreferenceError", "resolve"]
 
@@ -22,7 +22,7 @@ class KernelPreference(str, enum.Enum):
     TORCH = "torch"
 
 
-class KernelPreferenceError(RuntimeError):
+class KernelPreferenceError(CompileError):
     """A kernel preference that this machine cannot meet."""
 
 

@@ -159,7 +159,8 @@ class Int8Linear(nn.Module):
         """x [..., K] float32, bfloat16 or float16 -> [..., N] of the same dtype (autocast's, where autocast is on)."""
         device_type = x.device.type
         out_dtype = x.dtype
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        # meta has no autocast. (torch.amp.is_autocast_available would say so, but breaks Dynamo's graph in torch 2.11.)
+        if not x.is_meta and torch.is_autocast_enabled(device_type):
             out_dtype = torch.get_autocast_dtype(device_type)
             with torch.autocast(device_type, enabled=False):
                 return self._linear(x).to(out_dtype)

@@ -130,7 +130,7 @@ def _lower_triton(
             inputs.append(value)
         else:
             literals[operand.upper()] = value
-    tail = Tail(**indexings, activation=activation, out_quant_min=out_quant_min, block_size=block_size)
+    tail = Tail(**indexings, activation=activation, out_quant_min=out_quant_min, block_size=block_size, fast=dtype != torch.float32)
     mutated = []
     if block_size is not None:
         scales = empty_strided([m, n // block_size], None, dtype=torch.float32, device=device)
@@ -164,6 +164,12 @@ def _present(boxes: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(_OPERAND_ORDER, boxes, strict=True))
 
 
+def _describe(operands: dict[str, Any], activation: str, block_size: int | None = None) -> str:
+    """The epilogue in words, for reports, as the templates have it."""
+    present = {name: SCALAR for name, box in operands.items() if box is not None}
+    return Tail(**present, activation=activation, block_size=block_size).describe()
+
+
 @register_lowering(ops.scaled_mm, type_promotion_kind=None)  # type: ignore[misc]
 def _lower_scaled_mm(
     a: Any,
@@ -192,7 +198,7 @@ def _lower_scaled_mm(
         y = ops.linear_eager(**linear, activation=activation, int_mm=_padded_int_mm)
         return ops.store_eager(y, out_scale, out_zero_point, out_quant_min, out_dtype)
 
-    record_kernel(V.graph.current_node, "aten._int_mm", "pointwise epilogue")
+    record_kernel(V.graph.current_node, "aten._int_mm", _describe(operands, activation))
     return _lower_eager(eager, {"a": a, "b": b} | {name: box for name, box in operands.items() if box is not None})
 
 
@@ -221,5 +227,5 @@ def _lower_scaled_mm_block_quant(
 
         return quantize_blocks(ops.linear_eager(**linear, activation=activation, int_mm=_padded_int_mm), block_size)
 
-    record_kernel(V.graph.current_node, "aten._int_mm", "pointwise epilogue")
+    record_kernel(V.graph.current_node, "aten._int_mm", _describe(operands, activation, block_size))
     return _lower_eager(eager, {"a": a, "b": b} | {name: box for name, box in operands.items() if box is not None})

@@ -1,8 +1,9 @@
-"""Shared by all tests: the hypothesis profiles, and the `gpu` mark."""
+"""Shared by all tests: the hypothesis profiles, the `gpu` mark, and Triton's interpreter in place of a GPU."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,10 +14,37 @@ settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("INT8_INDUCTOR_HYPOTHESIS_PROFILE", "ci"))
 
 
+def on_gpu(config: pytest.Config) -> bool:
+    """Whether this is a run of the `gpu` tests. A process has either the interpreter or a GPU: both answer to the name of Triton's driver."""
+    return torch.cuda.is_available() and config.option.markexpr.strip() == "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Everything but a `-m gpu` run compiles for the CPU, through Triton's interpreter."""
+    if not on_gpu(config):
+        import interpreter
+
+        interpreter.install()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a machine without a GPU, leave out what needs one."""
-    if torch.cuda.is_available():
+    """Leave out what needs a GPU, unless this is a run of just that."""
+    if on_gpu(config):
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=gpu)
     items[:] = [item for item in items if item not in gpu]
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a numerics test runs: "cpu" through the interpreter; with `-m gpu`, "cuda"."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """What one test compiled, no other sees."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

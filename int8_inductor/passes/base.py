@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,11 +201,15 @@ def _feeds_scaled_mm(quant: Node) -> bool:
     return bool(ends) and all(ends)
 
 
+_FRAME_LOCAL = re.compile(r"^[LG]\['\w+'\]\.?")
+"""How Dynamo writes the variable that holds the model, before the path of a module in it."""
+
+
 def _source(node: Node) -> str:
     """Where the model has it: the module's path, or else the line of code."""
     modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     if modules:
-        return str(modules[-1])
+        return _FRAME_LOCAL.sub("", str(modules[-1]))
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     return lines[-1].split(", in ")[0].removeprefix("File ") if lines else ""

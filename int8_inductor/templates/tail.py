@@ -33,7 +33,10 @@ CONSTANT = Indexing("constant", "tl.full((), {0}, tl.float32)", is_argument=Fals
 
 @dataclass(frozen=True)
 class Tail:
-    """The static shape of what follows the main loop. None: that operand is absent. `block_size`: dynamic requantize with scales as second output."""
+    """The static shape of what follows the main loop. None: that operand is absent.
+
+    block_size: dynamic requantize with scales as second output. fast: the result is stored with less precision than float32.
+    """
 
     a_scale: Indexing
     b_scale: Indexing
@@ -45,6 +48,7 @@ class Tail:
     activation: str = "none"
     out_quant_min: int = reference.INT8_MIN
     block_size: int | None = None
+    fast: bool = False
 
     def operands(self) -> dict[str, Indexing]:
         """The operands that are there, by field name, in the order in which a kernel takes them."""
@@ -59,7 +63,7 @@ class Tail:
     def name(self) -> str:
         """A name for the kernel that says what the tail does, unique to it."""
         parts = [f"{name}_{indexing.name}" for name, indexing in self.operands().items()]
-        parts.append(self.activation)
+        parts.append(f"{self.activation}_fast" if self.fast else self.activation)
         if self.out_scale or self.block_size:
             parts.append(f"int8_{-self.out_quant_min}")
         if self.block_size:
@@ -99,7 +103,8 @@ class Tail:
         lines.append(f"x = dot.to(tl.float32) * {self._load('a_scale')} * {self._load('b_scale')}")
         if self.bias:
             lines.append(f"x += {self._load('bias')}.to(tl.float32)")
-        return [*lines, f"y = {EPILOGUES[self.activation].triton}"]
+        epilogue = EPILOGUES[self.activation]
+        return [*lines, *((epilogue.triton_fast if self.fast else "") or epilogue.triton).splitlines()]
 
     def _round_lines(self) -> list[str]:
         """Steps `t` to a float that int8 holds exactly: NaN is zero, round half to even, shift, saturate."""

@@ -1,0 +1,232 @@
+"""What the tests of passes and numerics share: compile and look, float64 references with error bounds, and layouts of operands.
+
+Tolerances are derived, not tuned. U is the largest relative error of one float32 rounding. A float32 result y of scaled_mm comes from these steps:
+
+    acc -> float32              relative error U          (exact below 2**24)
+    times a_scale, b_scale      U each                    so p = acc * a_scale * b_scale has an error of at most 3.01 U |p|
+    plus bias                   U |p + bias|              x = p + bias
+    activation                  an error of x, times the activation's Lipschitz constant (at most 1.13, that of gelu near 1.4), and its own
+                                evaluation: 1 + erf, 1 + tanh and 1 + exp cancel, so it is an absolute error of a few U |x|:
+                                - gelu: the argument of erf (2 U of it, worth 0.97 U), erf itself (2 ulp), the sum (U): 4 U, times |x| / 2,
+                                  and two products: at most 4 U |x|
+                                - gelu_tanh: the same with an argument good to 6 U (worth 2.7 U): at most 5 U |x|
+                                - silu: exp good to (|x| + 2) U, which e^x outweighs where it counts, a sum and a division: at most 6 U |x|
+    subnormal results           2**-149 each, the first product's error being multiplied by b_scale
+    store as dtype              2 ulp of dtype
+
+An int8 result is clamp(round(y / out_scale) + zero_point): with t = y / out_scale in float64 and e the error of the float32 quotient (that of y over
+out_scale, and 3 U |t| for the reciprocal and the products), it must lie between what t - e and t + e give. That is: off by at most 1, and only where
+t lies within e of a tie.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor_config
+from hypothesis import settings
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from int8_inductor import Report, reference
+from int8_inductor.epilogues import EPILOGUES
+from int8_inductor.explain import STATUSES, recording
+
+U = 2.0**-24
+SUBNORMAL = 2.0**-149
+LIPSCHITZ = 1.13
+EVALUATION = 6.0
+PRECISION = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
+FLOATS = tuple(PRECISION)
+
+
+def examples(count: int) -> settings:
+    """`count` examples in CI, where each compiles something; forty times as many with the thorough profile."""
+    thorough = os.environ.get("INT8_INDUCTOR_HYPOTHESIS_PROFILE", "ci") == "thorough"
+    return settings(max_examples=count * 40 if thorough else count)
+
+
+# Compile and look -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Compiled:
+    """What one compiled call gave: its output, the generated code of each graph, the report, and the Triton kernels launched, in order."""
+
+    output: Any
+    code: list[str]
+    report: Report
+    kernels: list[str]
+
+    def linears(self, status: str = "rewritten") -> int:
+        """Number of linears with that status."""
+        return self.report.counts()["linear"][status]
+
+    def check_report(self, **expected: dict[str, int]) -> None:
+        """Assert the exact counts of every status of every kind; statuses that are not given are 0."""
+        wanted = {kind: dict.fromkeys(STATUSES, 0) | expected.get(kind, {}) for kind in ("linear", "quant", "dequant")}
+        assert self.report.counts() == wanted, f"\n{self.report}"
+
+    def has(self, text: str) -> bool:
+        """Whether the generated code has `text`."""
+        return any(text in code for code in self.code)
+
+
+@contextmanager
+def fresh_compile() -> Iterator[None]:
+    """Compile as if for the first time: a cached graph would run no passes."""
+    torch._dynamo.reset()
+    with inductor_config.patch(force_disable_caches=True):
+        yield
+
+
+def run(fn: Callable[..., Any], *inputs: Any, grad: bool = False, backend: str = "int8_inductor", cpu_backend: str | None = None, **kwargs: Any) -> Compiled:
+    """Compile `fn` and call it once; `kwargs` are torch.compile's, `cpu_backend` Inductor's ("cpp" for plain C++ in place of the interpreter)."""
+    patches = {} if cpu_backend is None else {"cpu_backend": cpu_backend}
+    with fresh_compile(), inductor_config.patch(patches), recording() as report, torch.set_grad_enabled(grad):
+        output, code = run_and_get_code(torch.compile(fn, backend=backend, **kwargs), *inputs)
+    return Compiled(output, code, report, [kernel for each in code for kernel in launches(each)])
+
+
+def launches(code: str) -> list[str]:
+    """The Triton kernels that a generated module launches, in order."""
+    return re.findall(r"^\s+(triton_\w+)\.run\(", code, re.M)
+
+
+# float64, and how far float32 may be from it --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A float64 value, and how far from it the float32 arithmetic of the module's docstring may end."""
+
+    value: Tensor
+    error: Tensor
+
+
+def _column(t: Tensor | None) -> Tensor | float:
+    return 0.0 if t is None else t.double().reshape(-1, 1)
+
+
+def _row(t: Tensor | None) -> Tensor | float:
+    return 0.0 if t is None else t.double().reshape(1, -1)
+
+
+def linear64(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero_point: Tensor | None = None,
+    b_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Bounded:
+    """scaled_mm's float result from the same int8 values. float64 holds the integer product exactly."""
+    acc = (a.double() - _column(a_zero_point)) @ (b.double() - _column(b_zero_point)).t()
+    p = acc * _column(a_scale) * _row(b_scale)
+    x = p + _row(bias)
+    error = 3.01 * U * p.abs() + 1.01 * U * x.abs() + SUBNORMAL * (1 + _row(b_scale))
+    if activation == "none":
+        return Bounded(x, error)
+    return Bounded(EPILOGUES[activation].eager(x), LIPSCHITZ * error + EVALUATION * U * x.abs() + SUBNORMAL)
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of `dtype` at each value."""
+    smallest = math.frexp(torch.finfo(dtype).tiny)[1]
+    exponent = torch.frexp(value)[1].clamp(min=smallest)
+    return torch.ldexp(torch.ones_like(value), exponent - PRECISION[dtype])
+
+
+def check_float(got: Tensor, want: Bounded) -> None:
+    """Assert that every value of `got` lies within 2 ulp of its dtype, and the float32 error, of the float64 value. NaN is NaN."""
+    value, dtype = want.value, got.dtype
+    assert got.shape == value.shape
+    got = got.double()
+    assert torch.equal(got.isnan(), value.isnan())
+    tolerance = 2 * ulp(value, dtype) + want.error
+    close = (got - value).abs() <= tolerance
+    overflowed = got.isinf() & (got.sign() == value.sign()) & (value.abs() + tolerance >= torch.finfo(dtype).max)
+    wrong = ~(close | overflowed | value.isnan())
+    assert not bool(wrong.any()), _show(wrong, got, value, tolerance)
+
+
+def check_int8(
+    got: Tensor, want: Bounded, scale: Tensor, zero_point: Tensor | None = None, quant_min: int = reference.INT8_MIN, scale_error: float = 0.0
+) -> None:
+    """Assert that `got` is the quantized float64 value, off by at most 1 and only where that is within the error of a tie."""
+    assert got.dtype == torch.int8
+    assert got.shape == want.value.shape
+    scale = scale.double() if scale.ndim == want.value.ndim else _column(scale)
+    t = want.value / scale
+    e = want.error / scale + (3 * U + scale_error) * t.abs()
+    low, high = (_saturate((t + shift).round() + _column(zero_point), quant_min) for shift in (-e, e))
+    assert bool((high - low <= 1).all()), "the float32 error spans more than one step: the case is badly conditioned"
+    wrong = ~((low <= got) & (got <= high))
+    assert not bool(wrong.any()), _show(wrong, got.double(), t + _column(zero_point), e)
+
+
+def _saturate(steps: Tensor, quant_min: int) -> Tensor:
+    return steps.clamp(quant_min, reference.INT8_MAX)
+
+
+def check_blocks(q: Tensor, scale: Tensor, want: Bounded, block_size: int) -> None:
+    """The same for int8 with a scale for each row and block of columns: the scale is within 2 ulp of max|y| / 127, errors of y counted."""
+    m, n = want.value.shape
+    blocks = Bounded(want.value.reshape(m, -1, block_size), want.error.reshape(m, -1, block_size))
+    amax = blocks.value.abs().amax(-1)
+    exact = (amax / 127).clamp(min=reference.SMALLEST_SCALE)
+    error = blocks.error.amax(-1) / 127
+    check_float(scale, Bounded(exact, error))
+    relative = float((error / exact).max()) + 4 * U
+    check_int8(q.reshape(blocks.value.shape), blocks, exact.unsqueeze(-1), None, reference.SYMMETRIC_MIN, relative)
+
+
+def _show(wrong: Tensor, got: Tensor, want: Tensor, tolerance: Tensor) -> str:
+    where = wrong.nonzero()[0].tolist()
+    at = tuple(where)
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} values are wrong; the first, at {where}: got {got[at].item()!r}, "
+        f"want {want.expand_as(got)[at].item()!r} within {tolerance.expand_as(got)[at].item():.3g}"
+    )
+
+
+def away_from_ties(y: Tensor, scale: float, margin: float = 0.02) -> float:
+    """A scale near `scale` with which no y / scale lies within `margin` of a tie, so that rounding it is beyond doubt."""
+    for step in range(400):
+        candidate = float(torch.tensor(scale * (1 + step / 173), dtype=torch.float32))
+        t = (y.double() / candidate).clamp(-200, 200)
+        if bool(((t - t.floor() - 0.5).abs() > margin).all()):
+            return candidate
+    raise AssertionError(f"no scale near {scale} keeps {y.numel()} values away from ties")
+
+
+# Operands -------------------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded")
+
+
+def with_layout(t: Tensor, layout: str) -> Tensor:
+    """The matrix `t` (for "expanded": its first row, repeated) in another layout of memory."""
+    rows, columns = t.shape
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "sliced":
+        wide = t.new_full((2 * rows, 3 * columns + 1), 99)
+        wide[::2, 1::3] = t
+        return wide[::2, 1::3]
+    if layout == "offset":
+        tall = t.new_full((rows + 1, columns + 3), 99)
+        tall[1:, 3:] = t
+        return tall[1:, 3:]
+    if layout == "expanded":
+        return t[:1].expand(rows, columns)
+    return t.contiguous()
