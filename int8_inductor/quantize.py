@@ -110,10 +110,7 @@ def quantize_(
     if not isinstance(config, Int8Config):
         raise TypeError(f"config must be one of int8_inductor's configs, got {type(config).__name__}")
     chosen = _choose(model, filter_fn or _is_linear)
-    converted: dict[int, nn.Module] = {}
-    for name, linear in chosen.items():
-        if id(linear) not in converted:
-            converted[id(linear)] = _convert(name, linear, config, device)
+    converted = {id(linear): _convert(name, linear, config, device) for name, linear in chosen.items()}
     for parent in list(model.modules()):
         # _modules, not named_children(): that one names a module shared by two attributes once.
         for child_name, child in list(parent._modules.items()):
@@ -125,7 +122,7 @@ def quantize_(
 
 
 def _choose(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> dict[str, nn.Linear]:
-    """The layers to quantize by name, checked."""
+    """The layers to quantize, checked, by name; one that several attributes share comes once, by its first name."""
     chosen: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if not filter_fn(module, name):

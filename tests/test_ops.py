@@ -49,7 +49,7 @@ class Inputs:
             self.operands["bias"] = torch.randn(n, generator=self.generator)
         self.store: dict[str, Any] = {}
         if "out_scale" in parts:
-            self.store["out_scale"] = self.scale(rows) * 100
+            self.store["out_scale"] = self.scale(rows) * 10
         if "out_zero_point" in parts:
             self.store["out_zero_point"] = self.zero_point(rows)
 
@@ -133,6 +133,14 @@ def test_block_quant_is_scaled_mm_and_quantize_blocks(
     assert torch.equal(scale, (blocked.abs().amax(-1) / 127).clamp(min=reference.SMALLEST_SCALE))
     back = q.reshape(m, blocks, block_size) * scale[..., None]
     assert bool(((back.double() - blocked.double()).abs() <= scale[..., None].double() * (0.5 + 127 * 4 * EPS)).all())
+
+
+@pytest.mark.parametrize("quant_min", [-128, -127])
+def test_int8_output_saturates_at_the_limits_asked_for(quant_min: int) -> None:
+    a, one = torch.tensor([[127], [-127]], dtype=torch.int8), torch.ones(1)
+    for zero_point in (None, torch.tensor([5], dtype=torch.int8)):
+        stored = ops.scaled_mm(a, a[:1], one, one, out_scale=one, out_zero_point=zero_point, out_quant_min=quant_min)
+        assert stored.tolist() == [[127], [quant_min]]
 
 
 def test_a_nan_scale_makes_its_row_nan_and_no_other() -> None:

@@ -99,7 +99,7 @@ def fold_bias(match: Match, x: Any, bias: Any) -> None:
     CallFunction(prims.convert_element_type.default, KeywordArg("x"), KeywordArg("dtype"), _users=MULTIPLE), pass_dict=OUT_DTYPE
 )
 def fold_cast(match: Match, x: Node, dtype: torch.dtype) -> None:
-    """scaled_mm -> cast to another float dtype: stored as that dtype."""
+    """scaled_mm -> cast to a narrower float dtype: stored as that dtype."""
     root = match.output_node()
     if not is_float_cast(root):
         return
@@ -107,7 +107,8 @@ def fold_cast(match: Match, x: Node, dtype: torch.dtype) -> None:
     if found is None or any(is_float_cast(node) for node in found[1].nodes):
         return
     scaled_mm, path = found
-    if arguments_of(scaled_mm)["out_scale"] is None:
+    # To a narrower dtype only: a wider one would cost memory traffic, and undo the rounding that the model asked for.
+    if arguments_of(scaled_mm)["out_scale"] is None and dtype.itemsize < val(scaled_mm).dtype.itemsize:
         _replace(root, scaled_mm, path)
 
 
