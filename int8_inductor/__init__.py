@@ -7,7 +7,7 @@ from ._compat import check_torch_version
 check_torch_version()
 
 from . import config, ops  # noqa: E402
-from . import lowering as _lowering  # noqa: E402 - registers the operators' lowerings
+from . import lowering as lowering  # noqa: E402 - registers the lowerings
 from .backend import install_in_stock_inductor  # noqa: E402
 from .calibrate import calibrate  # noqa: E402
 from .explain import LeftBehindError, Report, explain  # noqa: E402

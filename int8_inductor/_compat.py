@@ -155,3 +155,12 @@ def triton_version() -> str:
     import triton
 
     return str(triton.__version__)
+
+
+def size_hint(size: Any) -> int:
+    """The size that a symbolic expression is compiled for; V.graph.sizevars names it anew after 2.11."""
+    from torch._inductor.virtualized import V
+
+    sizevars: Any = V.graph.sizevars
+    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint
+    return int(hint(size))

@@ -5,6 +5,7 @@ The TORCH path compiles the operator's own eager definition (ops.py) around `_in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import ops
-from ._compat import select_choice
+from ._compat import select_choice, size_hint
 from .explain import record_kernel
 from .kernels import KernelPreference, parse, resolve
 from .templates import TEMPLATES
@@ -104,11 +105,8 @@ def _as_operand(name: str, box: Any) -> tuple[Indexing, Any]:
 def _shared_memory_limit(device: torch.device) -> int:
     if device.type == "cpu":
         return 2**31  # the interpreter has no shared memory
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
-
-
-def _size_hint(size: Any) -> int:
-    return int(V.graph.sizevars.optimization_hint(size) if hasattr(V.graph.sizevars, "optimization_hint") else V.graph.sizevars.size_hint(size))
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _lower_triton(
@@ -130,7 +128,9 @@ def _lower_triton(
             inputs.append(value)
         else:
             literals[operand.upper()] = value
-    tail = Tail(**indexings, activation=activation, out_quant_min=out_quant_min, block_size=block_size, fast=dtype != torch.float32)
+    tail = dataclasses.replace(
+        Tail.of(indexings), activation=activation, out_quant_min=out_quant_min, block_size=block_size, fast=dtype != torch.float32
+    )
     mutated = []
     if block_size is not None:
         scales = empty_strided([m, n // block_size], None, dtype=torch.float32, device=device)
@@ -142,7 +142,7 @@ def _lower_triton(
     choices: list[Any] = []
     thorough = bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
     for module in TEMPLATES:
-        hints = (_size_hint(m), _size_hint(n), _size_hint(k))
+        hints = (size_hint(m), size_hint(n), size_hint(k))
         for config in module.candidates(hints, _shared_memory_limit(device), tail, thorough=thorough):
             declined = module.template(tail).maybe_append_choice(
                 choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=mutated or None, **literals, **module.constants(config, static_k)
@@ -167,10 +167,10 @@ def _present(boxes: Sequence[Any]) -> dict[str, Any]:
 def _describe(operands: dict[str, Any], activation: str, block_size: int | None = None) -> str:
     """The epilogue in words, for reports, as the templates have it."""
     present = {name: SCALAR for name, box in operands.items() if box is not None}
-    return Tail(**present, activation=activation, block_size=block_size).describe()
+    return dataclasses.replace(Tail.of(present), activation=activation, block_size=block_size).describe()
 
 
-@register_lowering(ops.scaled_mm, type_promotion_kind=None)  # type: ignore[misc]
+@register_lowering(ops.scaled_mm, type_promotion_kind=None)
 def _lower_scaled_mm(
     a: Any,
     b: Any,
@@ -202,7 +202,7 @@ def _lower_scaled_mm(
     return _lower_eager(eager, {"a": a, "b": b} | {name: box for name, box in operands.items() if box is not None})
 
 
-@register_lowering(ops.scaled_mm_block_quant, type_promotion_kind=None)  # type: ignore[misc]
+@register_lowering(ops.scaled_mm_block_quant, type_promotion_kind=None)
 def _lower_scaled_mm_block_quant(
     a: Any,
     b: Any,

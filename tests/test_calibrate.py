@@ -201,11 +201,19 @@ def test_default_device_and_dtype_do_not_matter() -> None:
 def test_a_compiled_model_is_calibrated_eagerly(ran_before: bool) -> None:
     model, expected = static(), static()
     quietly(expected)
-    compiled = torch.compile(model, backend="eager")
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
     if ran_before:
         quietly(model, [torch.ones(5, 8)])
         compiled(BATCHES[0])
+    before = len(graphs)
     quietly(compiled)
+    assert len(graphs) == before
     assert scales(model) == scales(expected)
     torch.testing.assert_close(compiled(BATCHES[0]), expected(BATCHES[0]))
 

@@ -91,8 +91,10 @@ class Case:
 
         compiled = run(fn, *(t.to(self.device) if self.device != "cpu" else t for t in tensors.values()), **compile_kwargs)
         if kernel != "torch" and compile_kwargs.get("cpu_backend") != "cpp":
-            assert len(compiled.kernels) == 1, compiled.kernels
-            assert compiled.kernels[0].startswith("triton_tem_")
+            # Inductor gives a template a copy of a matrix none of whose strides is 1.
+            copied = [name for name in ("a", "b") if 1 not in tensors[name].stride()]
+            assert len(compiled.kernels) == len(copied) + 1, (compiled.kernels, copied)
+            assert compiled.kernels[-1].startswith("triton_tem_")
         else:
             assert compiled.has("_int_mm")
         compiled.output = torch.utils._pytree.tree_map(lambda t: t.cpu(), compiled.output)

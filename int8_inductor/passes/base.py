@@ -89,14 +89,15 @@ def keeps_last(node: Node) -> bool | None:
         return None
     if node.target in VIEWS:
         return bool(val(source).ndim and val(node).ndim and same(val(source).shape[-1], val(node).shape[-1]))
+    args: Any = node.args
     if node.target is aten.permute.default:
-        dims = argument(node, "dims")
+        dims: list[int] = list(args[1])
         return dims[-1] % len(dims) == len(dims) - 1
     if node.target is aten.transpose.int:
         last = val(source).ndim - 1
-        return last not in (node.args[1] % val(source).ndim, node.args[2] % val(source).ndim)
+        return last not in (args[1] % val(source).ndim, args[2] % val(source).ndim)
     if node.target is aten.unsqueeze.default:
-        return bool(node.args[1] % val(node).ndim != val(node).ndim - 1)
+        return bool(args[1] % val(node).ndim != val(node).ndim - 1)
     return None
 
 

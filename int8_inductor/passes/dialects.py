@@ -4,7 +4,7 @@
     clamp(round(x / scale) + zero_point).to(int8)     the same, to int8
     quantized_decomposed.dequantize_per_*(q, ...)     PT2E: per tensor, channel, token
     quantized_decomposed.quantize_per_*(x, ...)
-torchao's quantize_affine / dequantize_affine decompose to plain aten before the joint graph, with views that do nothing; so the first dialect covers them.
+torchao's quantize_affine / dequantize_affine decompose to plain aten before the joint graph, with views that do nothing: the first dialect covers them.
 """
 
 from __future__ import annotations
@@ -297,7 +297,8 @@ def known_zero(zero_point: Value | None) -> Value | None:
         if zero_point.target in (aten.full.default, aten.zeros.default):
             return None if zero_point.target is aten.zeros.default or zero_point.args[1] == 0 else zero_point
         if zero_point.op == "get_attr":
-            held = torch.fx.graph_module._get_attr(zero_point.graph.owning_module, str(zero_point.target))
+            module = zero_point.graph.owning_module
+            held = None if module is None else torch.fx.graph_module._get_attr(module, str(zero_point.target))
             return None if isinstance(held, torch.Tensor) and not bool(held.any()) else zero_point
     return zero_point
 

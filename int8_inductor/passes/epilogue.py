@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .. import reference
 from ..epilogues import EPILOGUES, Epilogue
 from ..explain import TAG
-from .base import SCALED_MM, Path, aten, arguments_of, emit, is_float_cast, make, prims, same, shared, used_only_by, val, walk_back, widened
+from .base import SCALED_MM, Path, arguments_of, aten, emit, is_float_cast, make, prims, same, shared, used_only_by, val, walk_back, widened
 
 BIAS = PatternMatcherPass(pass_name="int8_inductor_bias")
 OUT_DTYPE = PatternMatcherPass(pass_name="int8_inductor_out_dtype")

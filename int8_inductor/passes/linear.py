@@ -137,7 +137,7 @@ def _handle(node: Node, a: Any, b: Any, bias: Any = None, scales: tuple[Any, Any
 
 
 def _register(pattern: CallFunction) -> Callable[[Callable[..., None]], Any]:
-    return register_graph_pattern(pattern, pass_dict=LINEAR)  # type: ignore[no-any-return]
+    return register_graph_pattern(pattern, pass_dict=LINEAR)
 
 
 @_register(CallFunction(aten.mm.default, KeywordArg("a"), KeywordArg("b"), _users=MULTIPLE))

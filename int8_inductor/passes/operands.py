@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -74,9 +75,10 @@ def weight_factors(dequant: Dequant, path: Path) -> tuple[Factor, Factor | None,
         raise Declined(f"the weight has {val(dequant.q).ndim} dimensions")
     transposed = False
     for node in path.shapes_only():
-        if node.target is aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0]:  # type: ignore[union-attr]
-            transposed = not transposed
-        elif node.target is not aten.permute.default:
+        dims: Any = node.args[1]
+        if node.target is aten.permute.default:
+            transposed ^= [d % 2 for d in dims] == [1, 0]
+        else:
             raise Declined(f"the weight is reshaped by {node.name} between the dequant and the linear")
     rows = {0} if transposed else {1}
     scale = read_factor(dequant.scale, dequant.axis, dequant.q, rows, "weight's scale", dequant.inverse)

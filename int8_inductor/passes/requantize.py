@@ -18,10 +18,10 @@ from torch._inductor.pattern_matcher import Match, PatternExpr
 from torch.fx import Graph, Node
 
 from .. import ops, reference
-from .base import Declined, Path, arguments_of, aten, getitem, make, same, shared, val, walk_back
+from .base import SCALED_MM, Declined, Path, arguments_of, aten, getitem, make, same, shared, val, walk_back
 from .context import current
 from .dialects import Quant, find_quant
-from .epilogue import SCALED_MM, refold, trace_pattern
+from .epilogue import refold, trace_pattern
 from .operands import Factor, read_factor
 
 __all__ = ["fold_quants"]
@@ -134,14 +134,13 @@ def _fold_blocks(quant: Quant, scaled_mm: Node, blocks: _Blocks) -> None:
     if not _only_for(quant.x, {quant.node, blocks.scale}):
         raise Declined("the float value has another user")
     graph = quant.node.graph
-    first = min((quant.node, blocks.scale), key=list(graph.nodes).index)
-    with graph.inserting_before(first):
-        both = refold(first, scaled_mm, path, ops.scaled_mm_block_quant, block_size=blocks.size)
+    with graph.inserting_before(blocks.scale):
+        both = refold(blocks.scale, scaled_mm, path, ops.scaled_mm_block_quant, block_size=blocks.size)
         q, scale = getitem(graph, both, 0), getitem(graph, both, 1)
         q_blocks = path.replay(graph, q)
-        scale_blocks = make(graph, first, aten.unsqueeze.default, scale, -1)
-    for old, value in ((quant.node, q_blocks), (blocks.scale, scale_blocks)):
-        old.replace_all_uses_with(value, delete_user_cb=lambda user, keep=value: user is not keep)
+        scale_blocks = make(graph, blocks.scale, aten.unsqueeze.default, scale, -1)
+    quant.node.replace_all_uses_with(q_blocks)
+    blocks.scale.replace_all_uses_with(scale_blocks)
 
 
 def _only_for(value: Node, ends: set[Node]) -> bool:

@@ -8,7 +8,9 @@ the sums `a_sum` [BLOCK_M] and `b_sum` [BLOCK_N] over K.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .. import reference
 from ..epilogues import EPILOGUES
@@ -49,6 +51,12 @@ class Tail:
     out_quant_min: int = reference.INT8_MIN
     block_size: int | None = None
     fast: bool = False
+
+    @classmethod
+    def of(cls, operands: Mapping[str, Indexing]) -> Tail:
+        """A tail with these operands, by field name, and nothing else."""
+        fields: dict[str, Any] = dict(operands)
+        return cls(**fields)
 
     def operands(self) -> dict[str, Indexing]:
         """The operands that are there, by field name, in the order in which a kernel takes them."""
