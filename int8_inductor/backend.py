@@ -13,6 +13,7 @@ from torch._inductor import config as inductor_config
 
 from . import config
 from ._compat import CompileError, compile_region, custom_pass_slot, unchain
+from .choices import with_persistent_quants
 from .kernels import parse
 from .passes import Int8Pass
 
@@ -152,7 +153,11 @@ def install_in_stock_inductor() -> None:
     def compile_fx(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         _add_passes(call.arguments)
-        return stock(*call.args, **call.kwargs)
+        patches = call.arguments.get("config_patches") or {}
+        if not any(isinstance(each, Int8Pass) for each in unchain(patches.get(SLOT))):
+            return stock(*call.args, **call.kwargs)
+        with with_persistent_quants():
+            return stock(*call.args, **call.kwargs)
 
     compile_fx._int8_inductor = True  # type: ignore[attr-defined]
     module.compile_fx = compile_fx

@@ -76,8 +76,8 @@ class Case:
             tensors["bias"] = ((self.rand(n) - 0.5) * min(size, 1e4)).to(self.bias)
         return tensors
 
-    def want(self) -> Bounded:
-        return linear64(**self.operands(), activation=self.activation)
+    def want(self, narrow: bool = False) -> Bounded:
+        return linear64(**self.operands(), activation=self.activation, narrow=narrow)
 
     def scaled_mm(self, kernel: str, operator: Any = ops.scaled_mm, store: dict[str, Any] | None = None, **compile_kwargs: Any) -> Any:
         """The operator compiled for these operands; `store` holds tensors and constants that say how to store the result."""
@@ -128,7 +128,7 @@ def test_float_result(device: str, kernel: str, case: Case, dtype: torch.dtype |
     case.device = device
     got = case.scaled_mm(kernel, store={"out_dtype": dtype}).output
     assert got.dtype == (dtype or torch.float32)
-    check_float(got, case.want())
+    check_float(got, case.want(narrow=got.dtype != torch.float32))
 
 
 # Int8 results ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def out_scale(case: Case, want: Bounded, per_row: bool) -> Tensor:
 @example(case=Case(17, 64, 64, activation="gelu", bias=torch.float32), per_row=False, zero_point=None, quant_min=-127)
 def test_int8_result(device: str, kernel: str, case: Case, per_row: bool, zero_point: torch.dtype | None, quant_min: int) -> None:
     case.device = device
-    want = case.want()
+    want = case.want(narrow=True)
     scale = out_scale(case, want, per_row)
     shift = None if zero_point is None else case.int8(*scale.shape).to(zero_point)
     store = {"out_scale": scale, "out_zero_point": shift, "out_quant_min": quant_min}
@@ -165,7 +165,7 @@ def test_int8_result_in_blocks(device: str, kernel: str, case: Case, block_size:
     q, scale = case.scaled_mm(kernel, ops.scaled_mm_block_quant, {"block_size": block_size}).output
     assert (q.dtype, scale.dtype) == (torch.int8, torch.float32)
     assert (q.shape, scale.shape) == ((case.m, case.n), (case.m, blocks))
-    want = case.want()
+    want = case.want(narrow=True)
     assert float(want.value.abs().max()) < 1e34
     check_blocks(q, scale, want, block_size)
 
@@ -210,7 +210,7 @@ def test_symbolic_rows_serve_every_m_with_one_compilation(device: str, kernel: s
         for m in (24, 2, 65, 131):
             case.m = m
             rows = case.operands()
-            want = linear64(**{**rows, **{name: tensors[name] for name in fixed}}, activation="gelu")
+            want = linear64(**{**rows, **{name: tensors[name] for name in fixed}}, activation="gelu", narrow=store != "float")
             scale = out_scale(case, want, per_row=True)
             inputs = [t.to(device) for t in (rows["a"], rows["a_scale"], rows["a_zero_point"], scale)]
             for each in inputs:
@@ -352,9 +352,10 @@ def test_plain_cpp_over_shapes_and_layouts() -> None:
     assert compiled.has("_int_mm")
     for case, scale, (single, half, int8) in zip(CPP_CASES, scales, compiled.output, strict=True):
         assert (single.dtype, half.dtype) == (torch.float32, torch.bfloat16)
-        check_float(single, case.want())
-        check_float(half, case.want())
-        check_int8(int8, case.want(), scale, None, -127)
+        want = case.want()
+        check_float(single, want)
+        check_float(half, want)
+        check_int8(int8, want, scale, None, -127)
 
 
 def test_plain_cpp_with_symbolic_rows_and_blocks() -> None:

@@ -4,7 +4,7 @@
     clamp(round(x / scale) + zero_point).to(int8)     the same, to int8
     quantized_decomposed.dequantize_per_*(q, ...)     PT2E: per tensor, channel, token
     quantized_decomposed.quantize_per_*(x, ...)
-torchao's quantize_affine / dequantize_affine decompose to plain aten before the joint graph, with views that do nothing: the first dialect covers them.
+torchao's quantize_affine / dequantize_affine decompose to plain aten before the joint graph, with views that do nothing: the first covers them.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ The weight is [N, K] with K contiguous, as 8-bit tensor cores want both operands
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from .tail import Tail
@@ -28,6 +29,17 @@ class TiledConfig:
         """Bytes of shared memory that the pipelined int8 tiles take."""
         return (self.block_m + self.block_n) * self.block_k * self.num_stages
 
+    def registers(self, tail: Tail, copy_bytes: int) -> int:
+        """An estimate, on the high side, of the registers a thread takes where it copies `copy_bytes` of a tile at a time.
+
+        Accumulators; three for the address and mask of each copy (a copy of 1 or 2 bytes takes one for the data too, but shares the rest);
+        60 for everything else, and 20 more where the loop sums operands for a zero point. tests/test_machine_code.py holds it against cubins.
+        """
+        threads = 32 * self.num_warps
+        accumulators = self.block_m * self.block_n // threads
+        copies = (self.block_m + self.block_n) * self.block_k // (threads * copy_bytes)
+        return accumulators + 3 * copies + 60 + (20 if tail.loop_lines() else 0)
+
 
 # Best guesses first, large M before decode. On an H200 the big tiles win where K is long; at K = 768 the small ones do, several of which share a
 # multiprocessor, so that one's epilogue overlaps another's main loop.
@@ -49,23 +61,36 @@ CONFIGS = (
     TiledConfig(16, 64, 256, 4, 4),
     TiledConfig(16, 32, 512, 3, 4),
     TiledConfig(16, 128, 128, 3, 4),
+    # For rows whose length is no multiple of 16 bytes: few copies a thread.
+    TiledConfig(128, 128, 32, 3, 8),
+    TiledConfig(64, 64, 32, 3, 4),
+    TiledConfig(16, 64, 64, 3, 4),
 )
 
+MAX_REGISTERS = 255
+"""Registers that a thread can have, on every GPU; what does not fit spills to memory."""
+MAX_COPY_BYTES = 16
+"""The most that a thread copies at a time."""
 QUICK_CONFIGS = 6
 """How many configs are timed when max_autotune is off."""
 WASTE = 1.5
 """A config is not timed when its tiles cover this many times the area of the tightest config's."""
 
 
-def is_legal(config: TiledConfig, shared_memory_limit: int, tail: Tail) -> bool:
-    """Whether `config` can be built on a device with that many bytes of shared memory a block, with that tail."""
-    return config.shared_memory() <= shared_memory_limit and (tail.block_size is None or config.block_n % tail.block_size == 0)
+def is_legal(config: TiledConfig, shared_memory_limit: int, tail: Tail, copy_bytes: int = MAX_COPY_BYTES) -> bool:
+    """Whether `config` can be built, without spilling registers, with that tail on a device with that many bytes of shared memory a block.
+
+    copy_bytes: the largest power of two, up to 16, that divides the rows' length K and so the alignment of every row.
+    """
+    fits = config.shared_memory() <= shared_memory_limit and config.registers(tail, copy_bytes) <= MAX_REGISTERS
+    return fits and (tail.block_size is None or config.block_n % tail.block_size == 0)
 
 
 def candidates(sizes: tuple[int, int, int], shared_memory_limit: int, tail: Tail, *, thorough: bool) -> list[TiledConfig]:
     """The configs worth timing for (M, N, K): legal, tiles not wasted on M, best guesses first; a few unless `thorough`."""
-    m, n, _ = sizes
-    legal = [config for config in CONFIGS if is_legal(config, shared_memory_limit, tail)]
+    m, n, k = sizes
+    copy_bytes = math.gcd(k, MAX_COPY_BYTES)
+    legal = [config for config in CONFIGS if is_legal(config, shared_memory_limit, tail, copy_bytes)]
 
     def padded(config: TiledConfig) -> int:
         return -(-m // config.block_m) * config.block_m * -(-n // config.block_n) * config.block_n

@@ -1,0 +1,160 @@
+"""The generated kernels as machine code for every architecture that they are meant for: shared memory, registers, spills, tensor cores."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from machine_code import ARCHITECTURES, Job, MachineCode, compile_all, generated_kernel, with_constants
+from support import run
+from torch import Tensor
+
+from int8_inductor import ops
+from int8_inductor.templates import tiled
+from int8_inductor.templates.tail import COLUMN, ROW, SCALAR, Tail
+from int8_inductor.templates.tiled import CONFIGS, TiledConfig, is_legal
+
+THOROUGH = os.environ.get("INT8_INDUCTOR_HYPOTHESIS_PROFILE", "ci") == "thorough"
+RENDERED = TiledConfig(16, 128, 128, 3, 4)
+"""The config with which the kernels are generated; the others differ from it in constants alone."""
+N = 256
+LENGTHS = {16: 4096, 8: 4104, 4: 4100, 2: 4098, 1: 4093}
+"""K for each alignment of the rows, in bytes."""
+
+
+def _gelu(a: Tensor, b: Tensor, a_scale: Tensor, row: Tensor, one: Tensor, zero_point: Tensor) -> Tensor:
+    return ops.scaled_mm(a, b, a_scale, row, bias=row, activation="gelu", out_scale=one, out_quant_min=-127)
+
+
+def _zero_point(a: Tensor, b: Tensor, a_scale: Tensor, row: Tensor, one: Tensor, zero_point: Tensor) -> Tensor:
+    return ops.scaled_mm(a, b, a_scale, row, zero_point, bias=row, activation="silu", out_dtype=torch.bfloat16)
+
+
+def _blocks(a: Tensor, b: Tensor, a_scale: Tensor, row: Tensor, one: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.scaled_mm_block_quant(a, b, a_scale, row, bias=row, activation="gelu_tanh")
+
+
+TAILS = {
+    "bias, gelu and static int8": (_gelu, Tail(ROW, COLUMN, bias=COLUMN, out_scale=SCALAR, activation="gelu", out_quant_min=-127, fast=True)),
+    "zero point, bias, silu and bfloat16": (_zero_point, Tail(ROW, COLUMN, a_zero_point=ROW, bias=COLUMN, activation="silu", fast=True)),
+    "bias, gelu_tanh and int8 in blocks": (_blocks, Tail(ROW, COLUMN, bias=COLUMN, activation="gelu_tanh", block_size=128, fast=True)),
+}
+GELU, ZERO_POINT, BLOCKS = TAILS
+FEW = (TiledConfig(64, 128, 128, 3, 4), TiledConfig(128, 128, 64, 4, 8), TiledConfig(16, 64, 256, 4, 4))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel: what follows the product, the alignment of its rows, and the config."""
+
+    tail: str
+    copy_bytes: int
+    config: TiledConfig
+
+    def is_legal(self, capability: int) -> bool:
+        return is_legal(self.config, ARCHITECTURES[capability], TAILS[self.tail][1], self.copy_bytes)
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """The kernels to build for an architecture: all, or, in CI, each config at least for one before Hopper and for Hopper."""
+    if THOROUGH:
+        yield from (Case(tail, width, config) for tail in TAILS for width in LENGTHS for config in CONFIGS)
+        return
+    main = {80: (ZERO_POINT, CONFIGS), 90: (GELU, CONFIGS)}.get(capability, (GELU, FEW))
+    yield from (Case(main[0], 16, config) for config in main[1])
+    if capability in (80, 90):
+        yield from (Case(BLOCKS, 16, config) for config in (FEW[0], CONFIGS[0]))
+    if capability == 80:
+        yield from (Case(ZERO_POINT, width, config) for width in (8, 4, 2, 1) for config in tightest(width))
+
+
+def tightest(copy_bytes: int) -> list[TiledConfig]:
+    """The two legal configs that the estimate gives most registers."""
+    tail = TAILS[ZERO_POINT][1]
+    legal = [config for config in CONFIGS if is_legal(config, ARCHITECTURES[80], tail, copy_bytes)]
+    return sorted(legal, key=lambda config: config.registers(tail, copy_bytes))[-2:]
+
+
+def render(tail: str, copy_bytes: int, config: TiledConfig) -> str:
+    """The kernel that Inductor generates with `config`, for any M, through the interpreter."""
+    k = LENGTHS[copy_bytes]
+    a, b = torch.zeros(2, k, dtype=torch.int8), torch.zeros(N, k, dtype=torch.int8)
+    inputs = (a, b, torch.ones(2, 1), torch.ones(N), torch.ones(1), torch.zeros(2, 1, dtype=torch.int8))
+    for each in (inputs[0], inputs[2], inputs[5]):
+        torch._dynamo.mark_dynamic(each, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "candidates", lambda *args, **kwargs: [config])
+        return generated_kernel(run(TAILS[tail][0], *inputs).code[0])
+
+
+@pytest.fixture(scope="session")
+def rendered() -> dict[tuple[str, int], str]:
+    """Kernels generated so far, by tail and alignment."""
+    return {}
+
+
+def text(case: Case, rendered: dict[tuple[str, int], str]) -> str:
+    """The kernel of `case`."""
+    key = case.tail, case.copy_bytes
+    if key not in rendered:
+        rendered[key] = render(*key, RENDERED)
+    constants = tiled.constants(case.config, LENGTHS[case.copy_bytes])
+    return with_constants(rendered[key], **{name: value for name, value in constants.items() if not name.startswith("num_")})
+
+
+def problems(case: Case, capability: int, code: MachineCode) -> Iterator[str]:
+    """What is wrong with a kernel's machine code."""
+    if code.shared > ARCHITECTURES[capability]:
+        yield f"shared memory {code.shared} exceeds {ARCHITECTURES[capability]}"
+    if code.loop_spills or code.stack > 64:
+        yield f"{code.stack} bytes of registers spilled, {code.loop_spills} accesses to them in the main loop"
+    warpgroup = capability == 90 and case.config.block_m >= 64
+    wanted = "wgmma.mma_async" if warpgroup else "mma.sync"
+    if not code.mma or not all(each.startswith(wanted) and ".s8.s8" in each for each in code.mma):
+        yield f"tensor-core instructions {code.mma}, not {wanted} of s8"
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_machine_code(capability: int, rendered: dict[tuple[str, int], str]) -> None:
+    legal = [case for case in cases(capability) if case.is_legal(capability)]
+    assert len(legal) >= len(FEW)
+    jobs = [Job(text(case, rendered), case.config.num_warps, case.config.num_stages, capability) for case in legal]
+    results = compile_all(jobs)
+    found = [f"{case}: {each}" for case, code in zip(legal, results, strict=True) for each in problems(case, capability, code)]
+    assert not found, "\n".join(found)
+
+
+def test_constants_are_all_that_configs_differ_in(rendered: dict[tuple[str, int], str]) -> None:
+    """Setting the constants in a generated kernel's text gives the body that Inductor generates with that config."""
+    config = TiledConfig(32, 64, 256, 4, 4)
+    mine = text(Case(GELU, 16, config), rendered)
+    theirs = render(GELU, 16, config)
+    body = [each[each.index("@triton.jit") :] for each in (mine, theirs)]
+    assert body[0] == body[1]
+
+
+def test_a_config_that_would_spill_is_not_legal(rendered: dict[tuple[str, int], str]) -> None:
+    """The largest tiles with rows of odd length: not legal, and rightly so."""
+    case = Case(ZERO_POINT, 1, CONFIGS[0])
+    assert not case.is_legal(80)
+    (code,) = compile_all([Job(text(case, rendered), case.config.num_warps, case.config.num_stages, 80)])
+    assert code.loop_spills > 0
+
+
+def test_a_config_that_takes_too_much_shared_memory_is_not_legal() -> None:
+    assert [config.shared_memory() <= 99 * 1024 for config in (TiledConfig(128, 256, 128, 3, 8), TiledConfig(64, 128, 128, 4, 4))] == [False, True]
+    tail = TAILS[GELU][1]
+    assert [is_legal(TiledConfig(128, 256, 128, 3, 8), limit, tail) for limit in (99 * 1024, 163 * 1024)] == [False, True]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6, 8, 12, 16, 100, 4093, 4096])
+@pytest.mark.parametrize("tail", TAILS)
+def test_some_config_is_legal_for_every_length_of_rows(k: int, tail: str) -> None:
+    for limit in ARCHITECTURES.values():
+        chosen = tiled.candidates((64, N, k), limit, TAILS[tail][1], thorough=True)
+        assert chosen
+        assert all(config.registers(TAILS[tail][1], math.gcd(k, 16)) <= tiled.MAX_REGISTERS for config in chosen)
