@@ -56,13 +56,14 @@ def _check_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict
             own = ", ".join(sorted(OWN_OPTIONS))
             raise OptionError(f"unknown option {key!r}: allowed are {own} and those of torch._inductor.list_options()")
         wanted = inductor_config.get_type(name)  # type: ignore[attr-defined]
-        if get_origin(wanted) is None and not isinstance(value, wanted):
+        if isinstance(wanted, type) and wanted is not Any and get_origin(wanted) is None and not isinstance(value, wanted):
             raise OptionError(f"option {key!r} must be {wanted.__name__}, got {type(value).__name__} {value!r}")
         theirs[name] = value
     return ours, theirs
 
 
 def _why_passes_are_off(patches: dict[str, Any]) -> str | None:
+    """Why, with `patches` on top of Inductor's config, none of the joint-graph passes runs, or None when they do."""
     name = "use_joint_graph_passes"
     if patches.get(name, getattr(inductor_config, name)):
         return None
@@ -97,7 +98,7 @@ def int8_inductor(
     if (why := _why_passes_are_off(patches)) is not None:
         raise OptionError(why)
     patches[SLOT] = _beside(patches.get(SLOT, inductor_config.joint_custom_pre_pass), Int8Pass(ours.get("kernel_preference")))
-    return compile_fx(gm, list(example_inputs), config_patches=patches, **_decompositions(gm, patches), **compile_region(name))
+    return compile_fx(gm, list(example_inputs), config_patches=patches, **compile_region(name))
 
 
 def _reset() -> None:
@@ -123,24 +124,26 @@ def _holds_int8(gm: torch.fx.GraphModule) -> bool:
     return False
 
 
-def _decompositions(gm: torch.fx.GraphModule, patches: dict[str, Any]) -> dict[str, Any]:
-    """compile_fx's decompositions without those that turn a product with M = 1 into mul and sum, where there is int8 to match."""
+class _Decompositions(dict[Any, Callable[..., Any]]):
+    """A table of decompositions that pickles as its origin: Inductor puts it into the key of its cache, and some decompositions cannot be pickled."""
+
+    def __reduce__(self) -> tuple[Callable[[], _Decompositions], tuple[()]]:
+        return _decompositions, ()
+
+
+def _decompositions() -> _Decompositions:
+    """Inductor's decompositions without those that turn a product with M = 1 into mul and sum."""
     from torch._inductor.decomposition import select_decomp_table
 
-    if not _holds_int8(gm):
-        return {}
-    with inductor_config.patch({key: value for key, value in patches.items() if key != SLOT}):
-        table = dict(select_decomp_table())
-    for op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
-        table.pop(op, None)
-    return {"decompositions": table}
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+    return _Decompositions((op, decomposition) for op, decomposition in select_decomp_table().items() if op not in products)
 
 
 def install_in_stock_inductor() -> None:
-    """Let Inductor's compile_fx ask, at each compilation, whether config.register_passes is on.
+    """Wrap Inductor's compile_fx, so that it asks at each compilation whether the passes are to run, and compiles for them where they are.
 
-    The slot alone would not do: a custom pass that the user sets afterwards would overwrite ours. Here the slot is read when a graph is
-    compiled, so that the user's passes stand whenever they were set, and nothing is left behind when the flag is off.
+    The slot alone would not do: a custom pass that the user sets after config.register_passes would overwrite ours. Here the slot is read when a
+    graph is compiled, so that the user's passes stand whenever they were set, and nothing is left behind when the flag is off.
     """
     from torch._inductor import compile_fx as module
 
@@ -152,30 +155,33 @@ def install_in_stock_inductor() -> None:
     @functools.wraps(stock)
     def compile_fx(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
-        _add_passes(call.arguments)
-        patches = call.arguments.get("config_patches") or {}
-        if not any(isinstance(each, Int8Pass) for each in unchain(patches.get(SLOT))):
-            return stock(*call.args, **call.kwargs)
-        with with_persistent_quants():
-            return stock(*call.args, **call.kwargs)
+        if call.arguments.get("config_patches"):
+            return stock(*args, **kwargs)  # it puts them in force and calls this function again
+        if any(isinstance(each, Int8Pass) for each in unchain(inductor_config.joint_custom_pre_pass)):
+            return _compile_int8(stock, call)
+        if config.register_passes and _passes_run():
+            call.arguments["config_patches"] = {SLOT: _beside(inductor_config.joint_custom_pre_pass, Int8Pass())}
+        return stock(*call.args, **call.kwargs)
 
     compile_fx._int8_inductor = True  # type: ignore[attr-defined]
     module.compile_fx = compile_fx
 
 
-def _add_passes(arguments: dict[str, Any]) -> None:
-    """Put the passes into the arguments of a call of compile_fx, where config.register_passes asks for them and they are not there already."""
-    patches = dict(arguments.get("config_patches") or {})
-    slot = patches.get(SLOT, inductor_config.joint_custom_pre_pass)
-    if not config.register_passes or any(isinstance(each, Int8Pass) for each in unchain(slot)):
-        return
-    if (why := _why_passes_are_off(patches)) is not None:
-        if config.strict:
-            raise OptionError(why)
-        log.warning("nothing was rewritten: %s", why)
-        return
-    arguments["config_patches"] = patches
-    patches[SLOT] = _beside(slot, Int8Pass())
-    model = arguments["model_"]
-    if isinstance(model, torch.fx.GraphModule) and arguments.get("decompositions") is None:
-        arguments.update(_decompositions(model, patches))
+def _compile_int8(stock: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+    """Inductor's compile_fx, with the passes in force."""
+    model = call.arguments["model_"]
+    if isinstance(model, torch.fx.GraphModule) and call.arguments.get("decompositions") is None and _holds_int8(model):
+        call.arguments["decompositions"] = _decompositions()
+    with with_persistent_quants():
+        return stock(*call.args, **call.kwargs)
+
+
+def _passes_run() -> bool:
+    """Whether Inductor runs joint-graph passes; where it does not, the flag register_passes is of no effect, which a warning says."""
+    why = _why_passes_are_off({})
+    if why is None:
+        return True
+    if config.strict:
+        raise OptionError(why)
+    log.warning("nothing was rewritten: %s", why)
+    return False

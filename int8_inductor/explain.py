@@ -144,7 +144,8 @@ def publish(report: Report) -> None:
         collected.entries.extend(report.entries)
         collected.graphs += 1
     if config.strict and left:
-        first = left[0]
+        # A dequant is left because its linear is: the linear says why.
+        first = next((entry for entry in left if entry.kind == "linear"), left[0])
         raise LeftBehindError(f"{first.kind} {first.name} was left as it was: {first.reason}{f' ({first.source})' if first.source else ''}")
 
 

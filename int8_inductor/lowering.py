@@ -55,6 +55,11 @@ def _unexpanded(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format) if any(statically_known_true(stride == 0) for stride in t.stride()) else t
 
 
+def _row_major(t: Tensor) -> Tensor:
+    """`t` with K contiguous, as cuBLASLt wants both operands. Inductor drops a plain .contiguous() where it lays out a padded operand itself."""
+    return torch.ops.prims.inductor_force_stride_order.default(t.contiguous(), (t.shape[1], 1))
+
+
 def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
     """aten._int_mm of a [M, K] and b [N, K], with a and b padded by zeros to the sizes for which it works on their device."""
     (m, k), n = a.shape, b.shape[0]
@@ -65,7 +70,7 @@ def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
     if on_cpu:
         product = torch._int_mm(_unexpanded(padded_a), _unexpanded(padded_b).t())
     else:
-        product = torch._int_mm(padded_a.contiguous(), padded_b.t())
+        product = torch._int_mm(_row_major(padded_a), _row_major(padded_b).t())
     return product[:m, :n] if rows or columns else product
 
 

@@ -51,11 +51,12 @@ def choose_scale_asymmetric(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, quant_min: int = INT8_MIN, quant_max: int = INT8_MAX
 ) -> Tensor:
-    """clamp(round(x / scale) + zero_point) as int8, rounding half to even, saturating; NaN becomes the zero point.
+    """clamp(round(x * (1 / scale)) + zero_point) as int8, rounding half to even, saturating; NaN becomes the zero point.
 
-    `scale` (float32) and `zero_point` (integer) broadcast against `x`.
+    `scale` (float32) and `zero_point` (integer) broadcast against `x`. One reciprocal a scale instead of one division a value, as torchao has it:
+    it is the divisions that would bound a kernel that quantizes a row.
     """
-    steps = torch.round(x.float() / scale)
+    steps = torch.round(x.float() * torch.reciprocal(scale))
     steps = torch.where(torch.isnan(steps), 0.0, steps)
     if zero_point is not None:
         steps = steps + zero_point.float()

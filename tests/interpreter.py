@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 import torch._inductor.config as inductor_config
 import triton.language as tl
+from torch._inductor.runtime import triton_helpers
 from triton.backends.compiler import GPUTarget
 from triton.language.extra import libdevice
-from triton.runtime import driver
-from triton.runtime.interpreter import TensorHandle
+from triton.runtime import driver, interpreter
+from triton.runtime.interpreter import InterpretedFunction, ReduceOps, TensorHandle
 
 
 class InterpreterDriver:
@@ -74,6 +76,27 @@ _LIBDEVICE = {
 }
 
 
+def _patch_language_once_a_kernel() -> None:
+    """The interpreter replaces the language's functions anew at each call of a device function, which takes most of its time. Once a kernel will do."""
+    patch_language = interpreter._patch_lang
+    everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang = lambda fn: patch_language(everything)
+    InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+def _reduce_with_numpy() -> None:
+    """Inductor's max and min propagate NaN, so the interpreter does not know them and calls them element by element. NumPy's propagate it too."""
+    reduce = ReduceOps.apply_impl
+    known = {triton_helpers.maximum: np.max, triton_helpers.minimum: np.min}
+
+    def apply_impl(self: ReduceOps, values: tuple[Any, ...]) -> Any:
+        if self.combine_fn in known:
+            return self.min_max(values[0], val_reduce_op=known[self.combine_fn])
+        return reduce(self, values)
+
+    ReduceOps.apply_impl = apply_impl
+
+
 def install() -> None:
     """Route Inductor's CPU device to Triton's interpreter for the rest of the process."""
     driver.set_active(InterpreterDriver())
@@ -81,3 +104,5 @@ def install() -> None:
     inductor_config.compile_threads = 1
     for name, fn in _LIBDEVICE.items():
         setattr(libdevice, name, _on_numpy(fn))
+    _patch_language_once_a_kernel()
+    _reduce_with_numpy()

@@ -20,8 +20,9 @@ from .variants import Variant, cpu_variants, gpu_variants, quantized
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. A round takes one batch through every variant."""
+    """How much is measured: of the model's 6 layers, and of the text. A round takes one batch through every variant."""
 
+    layers: int = 6
     batch_size: int = 32
     tokens: int = 128
     paragraphs: int = 512
@@ -30,12 +31,12 @@ class Settings:
     gpu_rounds: int = 320
 
 
-QUICK = Settings(batch_size=4, tokens=64, paragraphs=16, calibration=16, cpu_rounds=4, gpu_rounds=8)
+QUICK = Settings(layers=1, batch_size=4, tokens=64, paragraphs=16, calibration=16, cpu_rounds=4, gpu_rounds=8)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.minilm", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few small batches: shows that everything runs, its times say little")
+    parser.add_argument("--quick", action="store_true", help="one layer and a few small batches: shows that everything runs, its figures say little")
     parser.add_argument("--output", type=Path, default=Path("demo_results"), help="folder for minilm.json and minilm.png (default: %(default)s)")
     parser.add_argument("--device", choices=("all", "cpu", "cuda"), default="all", help="all: the CPU, and the GPU where there is one")
     parsed = parser.parse_args()
@@ -50,7 +51,7 @@ def _say(line: str) -> None:
 
 def _measure(settings: Settings, device: str) -> list[Row]:
     _say("load MiniLM and tokenize paragraphs of pydoc_data.topics")
-    encoder = load_encoder()
+    encoder = load_encoder(settings.layers)
     texts, calibration_texts = samples(settings.paragraphs, settings.calibration)
     batches = tokenize(texts, settings.batch_size, settings.tokens)
     int8 = quantized(encoder, tokenize(calibration_texts, settings.batch_size, settings.tokens))
@@ -91,7 +92,8 @@ def main() -> int:
         rows = _measure(settings, arguments.device)
     all_hold = _print(rows)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    subtitle = f"batch {settings.batch_size} x {settings.tokens} tokens, {settings.paragraphs} paragraphs of pydoc_data.topics, torch {torch.__version__}"
+    amounts = f"batch {settings.batch_size} x {settings.tokens} tokens, {settings.paragraphs} paragraphs of pydoc_data.topics"
+    subtitle = f"{amounts}, {settings.layers} layers, torch {torch.__version__}"
     write_json(arguments.output / "minilm.json", rows, asdict(settings))
     write_chart(arguments.output / "minilm.png", rows, subtitle)
     print(f"\nwritten: {arguments.output / 'minilm.json'}, {arguments.output / 'minilm.png'}")

@@ -13,7 +13,7 @@ from .report import BARS, Row, device_name
 
 __all__ = ["write_chart"]
 
-FLOAT, INT8, LIGHT, BAR = "#7a8793", "#d9622b", "#f0b899", "#2b2b2b"
+FLOAT, INT8, LIGHT_FLOAT, LIGHT_INT8, BAR = "#7a8793", "#d9622b", "#c9d0d6", "#f0b899", "#2b2b2b"
 ROOM_FOR_LABELS = 1.45
 
 
@@ -59,14 +59,19 @@ def _time(axes: Any, rows: list[Row]) -> None:
 
 
 def _distance(axes: Any, rows: list[Row]) -> None:
+    places = range(len(rows))
     worst = [1 - row.worst_cosine for row in rows]
-    axes.barh(range(len(rows)), worst, 0.6, color=[LIGHT if row.is_int8 else "#c9d0d6" for row in rows], label="worst paragraph")
-    axes.barh(range(len(rows)), [1 - row.mean_cosine for row in rows], 0.3, color=_colors(rows), label="mean")
+    axes.barh(places, worst, 0.6, color=[LIGHT_INT8 if row.is_int8 else LIGHT_FLOAT for row in rows], label="worst paragraph")
+    axes.barh(places, [1 - row.mean_cosine for row in rows], 0.3, color=_colors(rows), label="mean")
     end = max(1 - BARS["worst_cosine"], *worst)
+    # On white, as the lines of the bars run behind the words.
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
     for y, row in enumerate(rows):
-        axes.text(max(1 - row.worst_cosine, 0) + 0.02 * end, y, f"cosine {row.mean_cosine:.4f}, worst {row.worst_cosine:.4f}", va="center", fontsize=9)
+        words = f"cosine {row.mean_cosine:.4f}, worst {row.worst_cosine:.4f}"
+        axes.text(max(1 - row.worst_cosine, 0) + 0.03 * end, y, words, va="center", fontsize=9, bbox=paper)
     for name, style in (("mean_cosine", ":"), ("worst_cosine", "--")):
-        axes.axvline(1 - BARS[name], color=BAR, lw=1, ls=style, zorder=0, label=f"bar: {name.replace('_', ' ')} {BARS[name]}")
+        label = f"bar: {name.replace('_', ' ')} {BARS[name]}"
+        axes.axvline(1 - BARS[name], color=BAR, lw=1, ls=style, zorder=0, label=label)
     axes.set_xlim(0, end * 1.9)
     axes.set_title("1 - cosine similarity to eager float32 (less is better)", fontsize=10)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=8, frameon=False)

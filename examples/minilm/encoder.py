@@ -46,11 +46,16 @@ class SentenceEncoder(nn.Module):
         return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
 
 
-def load_encoder() -> SentenceEncoder:
-    """The encoder in float32 on the CPU, in eval mode, without the pooling layer, which sentence embeddings do not use."""
+def load_encoder(layers: int | None = None) -> SentenceEncoder:
+    """The encoder in float32 on the CPU, in eval mode: all layers, or the first `layers`. Sentence embeddings do without BERT's pooling layer."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModel.from_pretrained(model_folder(), local_files_only=True, dtype=torch.float32, add_pooling_layer=False)
+    config = transformers.AutoConfig.from_pretrained(model_folder(), local_files_only=True)
+    if layers is not None:
+        config.num_hidden_layers = layers
+    model = transformers.AutoModel.from_pretrained(
+        model_folder(), config=config, local_files_only=True, dtype=torch.float32, add_pooling_layer=False
+    )
     return SentenceEncoder(model).eval()
 
 

@@ -28,10 +28,11 @@ KERNELS_ARE = {
 NO_WORK = frozenset(
     "aten::" + name
     for name in (
-        "_local_scalar_dense _reshape_alias _unsafe_view alias as_strided chunk contiguous detach dropout empty empty_like empty_strided expand "
-        "expand_as flatten item lift_fresh narrow new_empty numpy_T permute reshape resolve_conj resolve_neg select set_ slice split squeeze t to "
-        "transpose type_as unflatten unsqueeze view view_as"
-    ).split()
+        "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "contiguous", "detach", "dropout", "empty",
+        "empty_like", "empty_strided", "expand", "expand_as", "flatten", "item", "lift_fresh", "narrow", "new_empty", "numpy_T", "permute",
+        "reshape", "resolve_conj", "resolve_neg", "select", "set_", "slice", "split", "squeeze", "t", "to", "transpose", "type_as",
+        "unflatten", "unsqueeze", "view", "view_as",
+    )
 )
 """Operators that only describe or allocate memory, or hand on to another operator that does the work."""
 

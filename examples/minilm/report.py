@@ -50,37 +50,39 @@ def _nearest(embeddings: Tensor) -> Tensor:
     return similarity.fill_diagonal_(-2.0).argmax(1)
 
 
+def _percentiles(milliseconds: list[float]) -> list[float]:
+    """10th, 50th and 90th."""
+    return torch.quantile(torch.tensor(milliseconds, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+
+
 def make_rows(variants: list[Variant], reference: Tensor) -> list[Row]:
     """Rows of the variants of one device; `reference` is what eager float32 embeds, [paragraphs, 384]."""
-    stock = min(torch.tensor(v.milliseconds).median().item() for v in variants if v.is_stock)
-    neighbours = _nearest(reference)
-    rows = []
-    for variant in variants:
-        times = torch.tensor(variant.milliseconds, dtype=torch.float64)
-        p10, median, p90 = torch.quantile(times, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
-        embeddings = torch.cat(variant.embeddings)
-        cosine = F.cosine_similarity(embeddings.double(), reference.double())
-        rows.append(
-            Row(
-                name=variant.name,
-                device=variant.device,
-                is_int8=variant.is_int8,
-                median_ms=median,
-                p10_ms=p10,
-                p90_ms=p90,
-                speedup=stock / median,
-                megabytes=variant.megabytes,
-                mean_cosine=cosine.mean().item(),
-                worst_cosine=cosine.min().item(),
-                neighbour_agreement=(_nearest(embeddings) == neighbours).double().mean().item(),
-                linears=variant.linears,
-                rewritten=variant.rewritten,
-                kernels=variant.kernels,
-                compile_seconds=variant.compile_seconds,
-                all_ms=variant.milliseconds,
-            )
-        )
-    return rows
+    stock = min(_percentiles(variant.milliseconds)[1] for variant in variants if variant.is_stock)
+    return [_row(variant, reference, stock) for variant in variants]
+
+
+def _row(variant: Variant, reference: Tensor, stock_ms: float) -> Row:
+    p10, median, p90 = _percentiles(variant.milliseconds)
+    embeddings = torch.cat(variant.embeddings)
+    cosine = F.cosine_similarity(embeddings.double(), reference.double())
+    return Row(
+        name=variant.name,
+        device=variant.device,
+        is_int8=variant.is_int8,
+        median_ms=median,
+        p10_ms=p10,
+        p90_ms=p90,
+        speedup=stock_ms / median,
+        megabytes=variant.megabytes,
+        mean_cosine=cosine.mean().item(),
+        worst_cosine=cosine.min().item(),
+        neighbour_agreement=(_nearest(embeddings) == _nearest(reference)).double().mean().item(),
+        linears=variant.linears,
+        rewritten=variant.rewritten,
+        kernels=variant.kernels,
+        compile_seconds=variant.compile_seconds,
+        all_ms=variant.milliseconds,
+    )
 
 
 def table(rows: list[Row]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from int8_inductor import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, calibrate, explain, quantize_
 
 from .encoder import Batch, SentenceEncoder
+from .smooth import smooth_
 
 __all__ = ["Variant", "cpu_variants", "gpu_variants", "quantized"]
 
@@ -65,10 +66,11 @@ def _count_linears(module: nn.Module) -> int:
 
 
 def quantized(encoder: SentenceEncoder, calibration: list[Batch]) -> dict[str, SentenceEncoder]:
-    """The int8 encoders by name; `encoder` stays as it is."""
+    """The int8 encoders by name; `encoder` stays as it is. One static scale for each input needs inputs without outliers, hence `smooth_`."""
     dynamic = copy.deepcopy(encoder)
     quantize_(dynamic, Int8DynamicActivationInt8WeightConfig())
     static = copy.deepcopy(encoder)
+    smooth_(static, calibration)
     quantize_(static, Int8StaticActivationInt8WeightConfig())
     calibrate(static, calibration)
     return {DYNAMIC: dynamic, STATIC: static}
@@ -91,8 +93,7 @@ def gpu_variants(encoder: SentenceEncoder, int8: dict[str, SentenceEncoder]) -> 
 
     float_module = on_gpu(encoder)
     rows = [Variant("eager bf16", float_module, "cuda")]
-    for mode in GPU_MODES:
-        rows.append(Variant(f"{STOCK} bf16, {mode}", float_module, "cuda", "inductor", mode, is_stock=True))
+    rows += [Variant(f"{STOCK} bf16, {mode}", float_module, "cuda", "inductor", mode, is_stock=True) for mode in GPU_MODES]
     for name, module in int8.items():
         moved = on_gpu(module)
         rows += [Variant(f"{name}, {mode}", moved, "cuda", "int8_inductor", mode) for mode in GPU_MODES]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -51,15 +50,17 @@ PASSES: tuple[Callable[[Graph], Any], ...] = (
 )
 
 
-@functools.cache
-def sources_digest() -> str:
-    """A hash of every file of this package: compiled graphs are cached under it."""
+def sources_digest(package: Path) -> str:
+    """A hash of every file of a package: compiled graphs are cached under ours."""
     digest = hashlib.sha256()
-    root = Path(__file__).resolve().parent.parent
-    for file in sorted(root.rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode())
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+# Now, not when a graph is cached: a file that is edited after its import is not the code that runs.
+SOURCES = sources_digest(Path(__file__).resolve().parent.parent)
 
 
 class Int8Pass(CustomGraphPass):
@@ -86,4 +87,4 @@ class Int8Pass(CustomGraphPass):
         """What compiled graphs are cached under: our sources, flags and the versions that the result depends on."""
         from .._compat import triton_version
 
-        return ("int8_inductor", sources_digest(), torch.__version__, triton_version(), self.preference.value, config.strict)
+        return ("int8_inductor", SOURCES, torch.__version__, triton_version(), self.preference.value, config.strict)

@@ -178,7 +178,7 @@ class Ledger:
             if node not in alive:
                 entry.status, entry.reason = REWRITTEN, ""
             elif not entry.reason:
-                entry.reason = f"its float value has another user: {next(iter(node.users)).name}"
+                entry.reason = self._why_alive(node)
         for node, entry in self.quants.items():
             if node not in alive:
                 entry.status, entry.reason = REWRITTEN, ""
@@ -188,18 +188,30 @@ class Ledger:
         return Report(sorted(entries, key=lambda entry: self.order[entry.name]))
 
 
+    def _why_alive(self, dequant: Node) -> str:
+        ends = _ends(dequant)
+        for end in ends:
+            if (linear := self.linears.get(end.name)) is not None and linear.status == LEFT:
+                return f"{end.name}, which reads it, was left"
+        return f"its float value has another user: {ends[0].name}"
+
+
+def _ends(node: Node) -> list[Node]:
+    """The nodes in which uses of `node`, through transparent ops, end."""
+    pending, ends = list(node.users), []
+    while pending:
+        user = pending.pop(0)
+        if keeps_last(user) is None:
+            ends.append(user)
+        else:
+            pending.extend(user.users)
+    return ends
+
+
 def _feeds_scaled_mm(quant: Node) -> bool:
     """Whether every use of an int8 value, through views, ends as an operand of one of our operators."""
-    pending, ends = list(quant.users), []
-    while pending:
-        user = pending.pop()
-        if user.target in (ops.scaled_mm, ops.scaled_mm_block_quant):
-            ends.append(True)
-        elif keeps_last(user) is not None:
-            pending.extend(user.users)
-        else:
-            ends.append(False)
-    return bool(ends) and all(ends)
+    ends = _ends(quant)
+    return bool(ends) and all(end.target in (ops.scaled_mm, ops.scaled_mm_block_quant) for end in ends)
 
 
 _FRAME_LOCAL = re.compile(r"^[LG]\['\w+'\]\.?")
