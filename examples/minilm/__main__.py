@@ -93,7 +93,7 @@ def main() -> int:
     all_hold = _print(rows)
     arguments.output.mkdir(parents=True, exist_ok=True)
     amounts = f"batch {settings.batch_size} x {settings.tokens} tokens, {settings.paragraphs} paragraphs of pydoc_data.topics"
-    subtitle = f"{amounts}, {settings.layers} layers, torch {torch.__version__}"
+    subtitle = f"{amounts}, layers: {settings.layers}, torch {torch.__version__}"
     write_json(arguments.output / "minilm.json", rows, asdict(settings))
     write_chart(arguments.output / "minilm.png", rows, subtitle)
     print(f"\nwritten: {arguments.output / 'minilm.json'}, {arguments.output / 'minilm.png'}")

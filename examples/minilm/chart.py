@@ -41,6 +41,7 @@ def _device(part: Any, rows: list[Row]) -> None:
     time.set_ylim(len(rows) - 0.4, -0.6)
     for axes in (time, distance, size):
         axes.tick_params(axis="y", length=0)
+        axes.locator_params(axis="x", nbins=6)
 
 
 def _colors(rows: list[Row]) -> list[str]:

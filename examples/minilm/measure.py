@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -95,7 +94,7 @@ def _count_kernels(variant: Variant, batch: Batch) -> int:
 
 
 def _is_gpu_kernel(event: Any) -> bool:
-    on_gpu = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    on_gpu = event.device_type.name == "CUDA" and not event.is_user_annotation
     return on_gpu and not event.name.startswith(("Memcpy", "Memset"))
 
 

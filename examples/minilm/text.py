@@ -14,7 +14,7 @@ MIN_WORDS = 15
 
 def paragraphs() -> list[str]:
     """Every distinct paragraph of at least MIN_WORDS words, white space normalised, by topic in alphabetical order."""
-    found = {}
+    found: dict[str, None] = {}
     for topic in sorted(topics):
         for block in re.split(r"\n\s*\n", topics[topic]):
             words = block.split()
