@@ -23,14 +23,13 @@ def _stores_int8(features: Any) -> bool:
 
 
 @functools.cache
-def _with_long_rows(base: type) -> type:
+def _with_long_rows(base: Any) -> type:
     def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
         from torch._inductor import config
         from torch._inductor.runtime.hints import ReductionHint
         from torch._inductor.virtualized import V
 
-        stock: Any = base
-        if stock.should_use_persistent_reduction(features, cooperative_reduction):
+        if base.should_use_persistent_reduction(features, cooperative_reduction):
             return True
         rows = config.triton.persistent_reductions and not cooperative_reduction and features.get_reduction_hint() == ReductionHint.INNER
         return bool(rows and V.graph.sizevars.statically_known_leq(features.reduction_numel, MAX_ROW) and _stores_int8(features))
@@ -42,7 +41,7 @@ def with_persistent_quants() -> Any:
     """A context in which Inductor compiles with that choice, on top of whatever choices are in force."""
     from torch._inductor.virtualized import V
 
-    base = type(V.choices)
+    base: Any = type(V.choices)
     if base.__name__.startswith("Int8"):
         return V.set_choices_handler(V.choices)
     return V.set_choices_handler(_with_long_rows(base)())

@@ -168,7 +168,15 @@ def explain(model: Any, *inputs: Any, **kwargs: Any) -> Report:
     gradients. What torch.compile has compiled for it before stays valid, and no cache is read or written. Options given to torch.compile are not
     known here; those of `config` and torch._inductor.config are in force.
 
-        >>> print(explain(model, *inputs))
+        >>> import torch
+        >>> from int8_inductor import Int8DynamicActivationInt8WeightConfig, explain, quantize_
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+        >>> quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        >>> report = explain(model, torch.randn(4, 64))
+        >>> [(entry.source, entry.status, entry.epilogue) for entry in report.linears]
+        [('0', 'rewritten', 'scales + bias + relu'), ('2', 'rewritten', 'scales + bias')]
+        >>> print(report.summary())
+        2 of 2 int8 linears rewritten (0 float linears); quants: 0 fused, 2 feeding, 0 left; dequants: 4 fused, 0 left
     """
     from .backend import int8_inductor
 

@@ -57,7 +57,8 @@ def _unexpanded(t: Tensor) -> Tensor:
 
 def _row_major(t: Tensor) -> Tensor:
     """`t` with K contiguous, as cuBLASLt wants both operands. Inductor drops a plain .contiguous() where it lays out a padded operand itself."""
-    return torch.ops.prims.inductor_force_stride_order.default(t.contiguous(), (t.shape[1], 1))
+    forced: Tensor = torch.ops.prims.inductor_force_stride_order.default(t.contiguous(), (t.shape[1], 1))
+    return forced
 
 
 def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -89,6 +90,22 @@ def _lower_eager(fn: Callable[..., Any], tensors: dict[str, Any]) -> Any:
     with V.fake_mode:
         traced = make_fx(positional, decomposition_table=select_decomp_table())(*fakes)
     return process_subgraph_nodes(traced, [tensors[name] for name in names])
+
+
+def _computed_once(box: Any) -> Any:
+    """`box` with what it views in memory. Else each linear that reads a view of one quantized value would have Inductor quantize it anew."""
+    box.realize()
+    return box
+
+
+def _lower_torch(eager: Callable[..., Any], a: Any, b: Any, operands: dict[str, Any], activation: str) -> Any:
+    """Lower `eager` around `_int_mm`. What an activation computes is kept, not computed again by each that reads it."""
+    present = {name: box for name, box in operands.items() if box is not None}
+    result = _lower_eager(eager, {"a": _computed_once(a), "b": _computed_once(b), **present})
+    if activation != "none":
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            each.realize()
+    return result
 
 
 def _argument(node: torch.fx.Node, name: str) -> Any:
@@ -136,7 +153,7 @@ def _lower_triton(
 ) -> Any:
     from torch._inductor import config as inductor_config
 
-    a, b = realize_inputs(a), realize_inputs(b)
+    a, b = realize_inputs(_computed_once(a)), realize_inputs(_computed_once(b))
     (m, k), n = a.get_size(), b.get_size()[0]
     device = a.get_device()
     indexings: dict[str, Indexing] = {}
@@ -221,7 +238,7 @@ def _lower_scaled_mm(
         return ops.store_eager(y, out_scale, out_zero_point, out_quant_min, out_dtype)
 
     record_kernel(V.graph.current_node, "aten._int_mm", _describe(operands, activation))
-    return _lower_eager(eager, {"a": a, "b": b} | {name: box for name, box in operands.items() if box is not None})
+    return _lower_torch(eager, a, b, operands, activation)
 
 
 @register_lowering(ops.scaled_mm_block_quant, type_promotion_kind=None)
@@ -250,4 +267,4 @@ def _lower_scaled_mm_block_quant(
         return quantize_blocks(ops.linear_eager(**linear, activation=activation, int_mm=_padded_int_mm), block_size)
 
     record_kernel(V.graph.current_node, "aten._int_mm", _describe(operands, activation, block_size))
-    return _lower_eager(eager, {"a": a, "b": b} | {name: box for name, box in operands.items() if box is not None})
+    return _lower_torch(eager, a, b, operands, activation)

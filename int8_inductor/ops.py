@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from . import reference
 from .epilogues import EPILOGUES
@@ -35,8 +36,13 @@ _library.define(
 
 
 def _is(actual: Any, wanted: Any) -> bool:
-    """Whether two sizes agree; an undecided symbolic pair raises inside torch, as any shape check does."""
-    return bool(actual == wanted)
+    """Whether two sizes agree. Where one depends on data and nothing tells yet, they have to: the compiled code asserts it."""
+    if guard_or_false(actual == wanted):
+        return True
+    if not guard_or_true(actual == wanted):
+        return False
+    torch._check(actual == wanted, lambda: f"scaled_mm: sizes {actual} and {wanted} must agree")
+    return True
 
 
 def _check_vector(name: str, t: Tensor | None, size: Any, column: bool, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
@@ -46,14 +52,15 @@ def _check_vector(name: str, t: Tensor | None, size: Any, column: bool, dtypes: 
         raise TypeError(f"scaled_mm: {name} must be one of {', '.join(map(str, dtypes))}, got {t.dtype}")
     if t.device != device:
         raise ValueError(f"scaled_mm: {name} must be on {device}, the device of a, got {t.device}")
-    per_tensor = t.ndim <= 2 and _is(t.numel(), 1)
+    if t.ndim <= 2 and guard_or_false(t.numel() == 1):
+        return
     vector = (t.ndim == 1 or (t.ndim == 2 and column and _is(t.shape[1], 1))) and _is(t.shape[0], size)
-    if not (per_tensor or vector):
+    if not vector:
         raise ValueError(f"scaled_mm: {name} must have 1 element or shape [{size}]{f' or [{size}, 1]' if column else ''}, got {list(t.shape)}")
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+ZERO_POINT_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 _K_LIMITS = (
     (reference.MAX_K, ""),
     (reference.MAX_K_ZERO_POINT, " with a zero point"),
@@ -81,7 +88,7 @@ def check_operands(
     (m, k), n = a.shape, b.shape[0]
     if not _is(b.shape[1], k):
         raise ValueError(f"scaled_mm: a [M, K] and b [N, K] must agree in K, got {list(a.shape)} and {list(b.shape)}")
-    if _is(k, 0) or _is(n, 0):
+    if guard_or_false(k == 0) or guard_or_false(n == 0):
         raise ValueError(f"scaled_mm: N and K must be positive, got a {list(a.shape)} and b {list(b.shape)}")
     limit, case = _K_LIMITS[(a_zero_point is not None) + (b_zero_point is not None)]
     if k > limit:
@@ -90,8 +97,8 @@ def check_operands(
         raise ValueError(f"scaled_mm: b must be on {a.device}, the device of a, got {b.device}")
     _check_vector("a_scale", a_scale, m, True, (torch.float32,), a.device)
     _check_vector("b_scale", b_scale, n, True, (torch.float32,), a.device)
-    _check_vector("a_zero_point", a_zero_point, m, True, _INTEGERS, a.device)
-    _check_vector("b_zero_point", b_zero_point, n, True, _INTEGERS, a.device)
+    _check_vector("a_zero_point", a_zero_point, m, True, ZERO_POINT_DTYPES, a.device)
+    _check_vector("b_zero_point", b_zero_point, n, True, ZERO_POINT_DTYPES, a.device)
     if bias is not None:
         _check_vector("bias", bias, n, False, _FLOATS, a.device)
     if activation not in EPILOGUES:
@@ -115,7 +122,7 @@ def check_store(
     if out_quant_min not in (reference.INT8_MIN, reference.SYMMETRIC_MIN):
         raise ValueError(f"scaled_mm: out_quant_min must be -128 or -127, got {out_quant_min}")
     _check_vector("out_scale", out_scale, a.shape[0], True, (torch.float32,), a.device)
-    _check_vector("out_zero_point", out_zero_point, a.shape[0], True, _INTEGERS, a.device)
+    _check_vector("out_zero_point", out_zero_point, a.shape[0], True, ZERO_POINT_DTYPES, a.device)
 
 
 def _column(t: Tensor | None) -> Tensor | None:

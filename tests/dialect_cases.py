@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 - defines torch.ops.quantized_decomposed
+import torch.ao.quantization.fx._decomposed
 from torch import Tensor
 
-decomposed = torch.ops.quantized_decomposed
+decomposed = torch.ops.quantized_decomposed  # which the last import defines
 INT8 = (-128, 127, torch.int8)
+
+M, N, K = 6, 23, 41
+"""Sizes that are nothing else's, so that they can be looked for in the generated code."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Dialect:
     quantize(x, scale, zero_point), dequantize(q, scale, zero_point): of an activation [..., K], with what `qparams` makes.
     weight(w, scale): dequantizes a weight [N, K] with scales [N, 1].
     per_row: whether it has scales by rows ([..., 1]); numbers: its scale and zero point are Python numbers, not tensors.
+    zero_point_dtype: of the tensors.
     """
 
     name: str
@@ -31,11 +35,12 @@ class Dialect:
     weight: Callable[[Tensor, Tensor], Tensor]
     per_row: bool = True
     numbers: bool = False
+    zero_point_dtype: torch.dtype = torch.int32
 
     def qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> tuple[Any, Any]:
         """A scale (float32) and zero point (int32, of the scale's shape), as this dialect takes them."""
         if not self.numbers:
-            return scale, zero_point
+            return scale, None if zero_point is None else zero_point.to(self.zero_point_dtype)
         return scale.item(), None if zero_point is None else int(zero_point.item())
 
 
@@ -78,8 +83,8 @@ def _by_division(q: Tensor, scale: Any, zero_point: Any) -> Tensor:
     return (q.float() if zero_point is None else q.float() - zero_point) / (1.0 / scale)
 
 
-def _narrow_zero_point(q: Tensor, scale: Any, zero_point: Any) -> Tensor:
-    return (q.float() if zero_point is None else q.float() - zero_point.to(torch.int8)) * scale
+def _unchanged_zero_point(q: Tensor, scale: Any, zero_point: Any) -> Tensor:
+    return (q.float() if zero_point is None else q.float() - zero_point) * scale
 
 
 def _weight(w: Tensor, scale: Tensor) -> Tensor:
@@ -90,7 +95,7 @@ PLAIN = (
     Dialect("divide", _divide, _float_steps, _weight),
     Dialect("multiply", _multiply, _int_steps, lambda w, scale: scale * w.to(torch.float32)),
     Dialect("reciprocal", _reciprocal, _by_division, lambda w, scale: w.float() / scale.reciprocal()),
-    Dialect("clamp_first", _clamp_first, _narrow_zero_point, _weight),
+    Dialect("clamp_first", _clamp_first, _unchanged_zero_point, _weight, zero_point_dtype=torch.int8),
     Dialect("numbers_divide", _divide, lambda q, scale, zero_point: (q.float() - (zero_point or 0)) * scale, _weight, per_row=False, numbers=True),
     Dialect("numbers_multiply", _multiply, _int_steps, _weight, per_row=False, numbers=True),
 )
@@ -119,23 +124,23 @@ def _per_token_dequantize(q: Tensor, scale: Any, zero_point: Any) -> Tensor:
     return decomposed.dequantize_per_token(q, _tokens(q, scale), _tokens(q, _or_zeros(zero_point, scale)), *INT8, torch.float32)
 
 
-def _per_channel(w: Tensor, scale: Tensor) -> Tensor:
+def per_channel(w: Tensor, scale: Tensor) -> Tensor:
     return decomposed.dequantize_per_channel(w, scale.reshape(-1), None, 0, -127, 127, torch.int8)
 
 
-def _per_channel_with_zeros(w: Tensor, scale: Tensor) -> Tensor:
+def per_channel_with_zeros(w: Tensor, scale: Tensor) -> Tensor:
     zeros = torch.zeros(len(w), dtype=torch.int64, device=w.device)
     return decomposed.dequantize_per_channel(w, scale.reshape(-1), zeros, 0, -127, 127, torch.int8)
 
 
 DECOMPOSED = (
-    Dialect("per_tensor", _per_tensor_quantize, _per_tensor_dequantize, _per_channel, per_row=False),
-    Dialect("per_token", _per_token_quantize, _per_token_dequantize, _per_channel_with_zeros),
+    Dialect("per_tensor", _per_tensor_quantize, _per_tensor_dequantize, per_channel, per_row=False),
+    Dialect("per_token", _per_token_quantize, _per_token_dequantize, per_channel_with_zeros),
     Dialect(
         "numbers_per_tensor",
         lambda x, scale, zero_point: decomposed.quantize_per_tensor(x, scale, zero_point or 0, *INT8),
         lambda q, scale, zero_point: decomposed.dequantize_per_tensor(q, scale, zero_point or 0, *INT8),
-        _per_channel, per_row=False, numbers=True,
+        per_channel, per_row=False, numbers=True,
     ),
 )  # fmt: skip
 
@@ -189,3 +194,16 @@ def near(q: Tensor, scale: Tensor | float, zero_point: Tensor | int = 0, seed: i
     """A float32 tensor that quantizes to `q` beyond doubt: within 0.3 steps of its exact value."""
     jitter = (torch.rand(q.shape, generator=torch.Generator().manual_seed(seed)) - 0.5) * 0.6
     return ((q.double() - zero_point + jitter) * scale).float()
+
+
+def weight(n: int = N, k: int = K, seed: int = 1, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """An int8 weight [N, K], its scales [N, 1] and a bias [N]."""
+    return int8(n, k, seed=seed).to(device), (rand(n, 1, seed=seed + 1) * 0.01).to(device), (rand(n, seed=seed + 2) - 1).to(device)
+
+
+def scheme(zero_point: bool, per_row: bool, rows: tuple[int, ...] = (M,), device: str = "cpu") -> tuple[Tensor, Tensor | None]:
+    """An activation's scale and zero point, by rows or for all."""
+    shape = (*rows, 1) if per_row else (1,)
+    scale = rand(*shape, seed=4) * 0.02
+    shift = (torch.arange(scale.numel(), dtype=torch.int32) * 7 % 200 - 100).reshape(shape) if zero_point else None
+    return scale.to(device), None if shift is None else shift.to(device)

@@ -71,13 +71,16 @@ _LIBDEVICE = {
     "rsqrt": lambda v: 1 / np.sqrt(v),
     "nearbyint": np.rint,
     "rint": np.rint,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "trunc": np.trunc,
     "isnan": np.isnan,
     "isinf": np.isinf,
 }
 
 
 def _patch_language_once_a_kernel() -> None:
-    """The interpreter replaces the language's functions anew at each call of a device function, which takes most of its time. Once a kernel will do."""
+    """The interpreter replaces the language's functions anew at each call of a device function: most of its time. Once a kernel will do."""
     patch_language = interpreter._patch_lang
     everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     interpreter._patch_lang = lambda fn: patch_language(everything)

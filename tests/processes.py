@@ -11,8 +11,9 @@ from typing import Any
 
 
 def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in `cwd` with `env` added to the environment; AssertionError with its stderr when it fails."""
+    """Run `code` in `cwd`, with Inductor's caches there, and `env` added to the environment; AssertionError with its stderr when it fails."""
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "TORCH_LOGS")}
+    kept["TORCHINDUCTOR_CACHE_DIR"] = str(cwd / "inductor_cache")
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=kept | env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done

@@ -16,9 +16,9 @@ Tolerances are derived, not tuned. U is the largest relative error of one float3
     subnormal results           2**-149 each, the first product's error being multiplied by b_scale
     store as dtype              2 ulp of dtype
 
-An int8 result is clamp(round(y / out_scale) + zero_point): with t = y / out_scale in float64 and e the error of the float32 quotient (that of y over
-out_scale, and 6 U |t| for the reciprocal, 2 ulp, and the product), it must lie between what t - e and t + e give. That is: off by at most 1, and only where
-t lies within e of a tie.
+An int8 result is clamp(round(y / out_scale) + zero_point): with t = y / out_scale in float64 and e the error of the float32 quotient (that of y
+over out_scale, and 6 U |t| for the reciprocal, 2 ulp, and the product), it must lie between what t - e and t + e give. That is: off by at most 1, and
+only where t lies within e of a tie.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def fresh_compile() -> Iterator[None]:
         yield
 
 
-def run(fn: Callable[..., Any], *inputs: Any, grad: bool = False, backend: str = "int8_inductor", cpu_backend: str | None = None, **kwargs: Any) -> Compiled:
+def run(
+    fn: Callable[..., Any], *inputs: Any, grad: bool = False, backend: str = "int8_inductor", cpu_backend: str | None = None, **kwargs: Any
+) -> Compiled:
     """Compile `fn` and call it once; `kwargs` are torch.compile's, `cpu_backend` Inductor's ("cpp" for plain C++ in place of the interpreter)."""
     patches = {} if cpu_backend is None else {"cpu_backend": cpu_backend}
     with fresh_compile(), inductor_config.patch(patches), recording() as report, torch.set_grad_enabled(grad):
@@ -220,7 +222,7 @@ def _show(wrong: Tensor, got: Tensor, want: Tensor, tolerance: Tensor) -> str:
     )
 
 
-def away_from_ties(y: Tensor, scale: float, margin: float = 0.02) -> float:
+def away_from_ties(y: Tensor, scale: float, margin: float = 0.002) -> float:
     """A scale near `scale` with which no y / scale lies within `margin` of a tie, so that rounding it is beyond doubt."""
     for step in range(400):
         candidate = float(torch.tensor(scale * (1 + step / 173), dtype=torch.float32))

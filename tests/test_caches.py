@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,7 +221,7 @@ print(json.dumps(results))
 
 def run_process(tmp_path: Path, **env: str) -> dict[str, Any]:
     code = f"TESTS = {str(Path(__file__).parent)!r}\n{PROCESS}"
-    result: dict[str, Any] = python_json(code, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), **env)
+    result: dict[str, Any] = python_json(code, tmp_path, **env)
     return result
 
 
@@ -239,7 +240,7 @@ def edited(file: Path, old: str, new: str) -> Iterator[None]:
 def test_a_second_process_hits_and_an_edited_source_does_not(tmp_path: Path) -> None:
     """Template kernels and C++, saved by one process, run in another; a changed epilogue is compiled anew, and its own result comes out."""
     shutil.copytree(PACKAGE, tmp_path / "copy" / "int8_inductor", ignore=shutil.ignore_patterns("__pycache__"))
-    env = {"PYTHONPATH": str(tmp_path / "copy")}
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path / "copy"), os.environ.get("PYTHONPATH"))))}
     first, second = run_process(tmp_path, **env), run_process(tmp_path, **env)
     epilogues = tmp_path / "copy" / "int8_inductor" / "epilogues.py"
     with edited(epilogues, "y = tl.where(x < 0.0, 0.0, x)", "y = tl.where(x < 0.0, 40.0, x)"):

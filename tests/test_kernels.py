@@ -406,5 +406,6 @@ def test_plain_cpp_with_symbolic_rows_and_blocks() -> None:
 
 
 def test_a_preference_that_cannot_be_met_is_an_error() -> None:
-    with pytest.raises(Exception, match="KernelPreferenceError: kernel_preference 'triton' cannot be met on cpu: Inductor's CPU backend is not Triton"):
+    words = "KernelPreferenceError: kernel_preference 'triton' cannot be met on cpu: Inductor's CPU backend is not Triton"
+    with pytest.raises(Exception, match=words):
         Case().scaled_mm("triton", cpu_backend="cpp")

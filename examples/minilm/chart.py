@@ -11,24 +11,29 @@ from matplotlib.figure import Figure
 
 from .report import BARS, Row, device_name
 
-__all__ = ["write_chart"]
+__all__ = ["draw", "write_chart"]
 
 FLOAT, INT8, LIGHT_FLOAT, LIGHT_INT8, BAR = "#7a8793", "#d9622b", "#c9d0d6", "#f0b899", "#2b2b2b"
 ROOM_FOR_LABELS = 1.45
 
 
 def write_chart(path: Path, rows: list[Row], subtitle: str) -> None:
-    """Write a PNG with three panels for each device among `rows`."""
+    """Write the chart of `rows` as a PNG."""
+    draw(rows, subtitle).savefig(path)
+
+
+def draw(rows: list[Row], subtitle: str) -> Figure:
+    """A figure with three panels for each device among `rows`."""
     devices = list({row.device: None for row in rows})
-    counts = [sum(row.device == device for row in rows) for device in devices]
+    heights = [1.6 + 0.5 * sum(row.device == device for row in rows) for device in devices]
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(15, sum(1.5 + 0.62 * count for count in counts) + 0.8), layout="constrained")
+        figure = Figure(figsize=(16, sum(heights) + 0.8), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(f"MiniLM sentence encoder, INT8 against float\n{subtitle}", fontsize=12)
-        parts = figure.subfigures(len(devices), 1, height_ratios=[1.5 + 0.62 * count for count in counts], squeeze=False)[:, 0]
+        parts = figure.subfigures(len(devices), 1, height_ratios=heights, squeeze=False)[:, 0]
         for part, device in zip(parts, devices, strict=True):
             _device(part, [row for row in rows if row.device == device])
-        figure.savefig(path, dpi=110)
+    return figure
 
 
 def _device(part: Any, rows: list[Row]) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from .. import config
 from ..explain import publish
 from ..kernels import KernelPreference, parse
+from .base import argument, aten, val
 from .context import Context, current, running
 from .dialects import find_dequant
 from .epilogue import BIAS, OUT_DTYPE, fold_activations
@@ -28,8 +29,8 @@ def _note_dequants(graph: Graph) -> None:
     """Enter every dequant in the ledger, and the order of the nodes, before anything changes."""
     for position, node in enumerate(graph.nodes):
         current().ledger.order[node.name] = position
-        if find_dequant(node) is not None:
-            current().ledger.found_dequant(node, "")
+        if (dequant := find_dequant(node)) is not None:
+            current().ledger.found_dequant(node, dequant.problem)
 
 
 def _remove_noops(graph: Graph) -> None:
@@ -38,8 +39,20 @@ def _remove_noops(graph: Graph) -> None:
     remove_noop_ops(graph)
 
 
+def _remove_asserts(graph: Graph) -> None:
+    """Erase what torch.export asserts of a computed value and the graph itself settles: dtype, device and layout. It would count as a user."""
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        source = node.args[0]
+        computed = isinstance(source, Node) and source.op == "call_function"
+        if not computed or argument(node, "size") is not None or argument(node, "stride") is not None:
+            continue
+        if all(argument(node, name) in (None, getattr(val(source), name)) for name in ("dtype", "device", "layout")):
+            graph.erase_node(node)
+
+
 PASSES: tuple[Callable[[Graph], Any], ...] = (
     _remove_noops,  # views to the same shape, as torchao's affine ops leave them; Inductor itself removes them right after
+    _remove_asserts,
     merge_quants,
     _note_dequants,
     LINEAR.apply,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._inductor.pattern_matcher import Match
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -54,6 +55,11 @@ def argument(node: Node, name: str) -> Any:
     raise KeyError(name)
 
 
+def is_exact(match: Match) -> bool:
+    """Whether the nodes of a match compute what its pattern says: Inductor's matcher skips keywords that a pattern lacks, as alpha of add and sub."""
+    return all(node.kwargs.get("alpha", 1) == 1 for node in match.nodes)
+
+
 def make(graph: Graph, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     """A call at the graph's insertion point, with its fake value, attributed to the source line of `like`."""
     node = graph.call_function(target, args, kwargs)
@@ -87,7 +93,7 @@ def keeps_last(node: Node) -> bool | None:
     source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
     if source is None:
         return None
-    if node.target in VIEWS:
+    if node.target in VIEWS or node.target is aten.expand.default:
         return bool(val(source).ndim and val(node).ndim and same(val(source).shape[-1], val(node).shape[-1]))
     args: Any = node.args
     if node.target is aten.permute.default:
@@ -117,10 +123,10 @@ class Path:
         for node in self.shapes_only():
             rest = list(node.args[1:])
             target = node.target
-            if node.target in VIEWS:
-                shape = list(argument(node, "size" if node.target is not aten.reshape.default else "shape"))
+            if node.target in VIEWS or node.target is aten.expand.default:
+                shape = list(rest[0])
                 rest = [shape if width is None else [*shape[:-1], width]]
-                target = aten.reshape.default
+                target = target if target is aten.expand.default else aten.reshape.default
             value = make(graph, node, target, value, *rest)
         return value
 
@@ -186,7 +192,6 @@ class Ledger:
                 entry.status = FEEDS
         entries = [*self.linears.values(), *self.quants.values(), *self.dequants.values()]
         return Report(sorted(entries, key=lambda entry: self.order[entry.name]))
-
 
     def _why_alive(self, dequant: Node) -> str:
         ends = _ends(dequant)

@@ -11,6 +11,7 @@ it with the model. A scaled_mm whose own value something else needs too (a backw
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .. import reference
 from ..epilogues import EPILOGUES, Epilogue
 from ..explain import TAG
-from .base import SCALED_MM, Path, arguments_of, aten, emit, is_float_cast, make, prims, same, shared, used_only_by, val, walk_back, widened
+from .base import SCALED_MM, Path, arguments_of, aten, emit, is_exact, is_float_cast, make, prims, same, shared, used_only_by, val, walk_back, widened
 
 BIAS = PatternMatcherPass(pass_name="int8_inductor_bias")
 OUT_DTYPE = PatternMatcherPass(pass_name="int8_inductor_out_dtype")
@@ -66,7 +67,7 @@ def _plain(scaled_mm: Node) -> bool:
 
 
 def _fold_bias(root: Node, x: Any, bias: Any) -> bool:
-    if not (isinstance(x, Node) and isinstance(bias, Node)) or val(root).dtype not in reference.OUT_DTYPES:
+    if not (isinstance(x, Node) and isinstance(bias, Node)) or x is bias or val(root).dtype not in reference.OUT_DTYPES:
         return False
     found = producer(x, [root])
     if found is None:
@@ -91,6 +92,8 @@ def _fold_bias(root: Node, x: Any, bias: Any) -> bool:
 def fold_bias(match: Match, x: Any, bias: Any) -> None:
     """scaled_mm + bias [N], in either order."""
     root = match.output_node()
+    if not is_exact(match):
+        return
     if not _fold_bias(root, x, bias):
         _fold_bias(root, bias, x)
 
@@ -121,13 +124,29 @@ def trace_pattern(fn: Callable[..., Any], *shape: int, dtype: torch.dtype = torc
         fake = mode.from_tensor(torch.empty(shape, dtype=dtype))
         traced = make_fx(lambda x: fn(x), decomposition_table=select_decomp_table())(fake)
     remove_noop_ops(traced.graph)
-    return fx_to_pattern(traced, argnames=["x"], exclusive_arg_names=())
+    _open_nans(traced.graph)
+    return fx_to_pattern(traced, argnames=["x", "nan"], exclusive_arg_names=())
+
+
+def _open_nans(graph: Graph) -> None:
+    """Make NaN constants, which equal nothing and may have any number of users, an argument `nan` of the pattern: `is_nan` checks it."""
+    (x,) = graph.find_nodes(op="placeholder")
+    for node in list(graph.nodes):
+        if is_nan(node):
+            with graph.inserting_after(x):
+                node.replace_all_uses_with(graph.placeholder("nan"))
+            graph.erase_node(node)
+
+
+def is_nan(node: Any) -> bool:
+    """Whether `node` makes the constant NaN."""
+    return isinstance(node, Node) and node.op == "call_function" and any(isinstance(arg, float) and math.isnan(arg) for arg in node.args)
 
 
 def _fold_activation(epilogue: Epilogue, match: Match, x: Node) -> None:
     root = match.output_node()
     found = producer(x, match.nodes)
-    if found is None or not _plain(found[0]) or val(root).dtype not in reference.OUT_DTYPES:
+    if found is None or not is_exact(match) or not _plain(found[0]) or val(root).dtype not in reference.OUT_DTYPES:
         return
     _replace(root, *found, activation=epilogue.name)
 

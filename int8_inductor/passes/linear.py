@@ -2,6 +2,7 @@
 
     mm(dequantize(a), dequantize(b).T)                 ->  scaled_mm(a, b, a_scale, b_scale, out_dtype=...)
     addmm(bias, dequantize(a), dequantize(b).T)        ->  scaled_mm(a, b, a_scale, b_scale, bias=bias, out_dtype=...)
+    bmm(dequantize(a), expand(dequantize(b).T))        ->  view(scaled_mm(view(a), b, a_scale, b_scale, out_dtype=...))
     view(mm(view(dequantize(a)), ...)) + bias          ->  (epilogue.py folds that bias in)
 
 in every dialect, with views, permutes and float casts between dequant and linear, a left operand of any rank, and dequants shared by several linears.
@@ -18,7 +19,7 @@ from torch.fx import Graph, Node
 
 from .. import reference
 from ..explain import LEFT, REWRITTEN
-from .base import Declined, Path, aten, emit, float_linear, keeps_last, make, same, val, widened
+from .base import Declined, Path, argument, aten, emit, float_linear, keeps_last, make, same, same_shape, val, widened
 from .context import current
 from .dialects import Dequant, find_dequant
 from .operands import activation_factors, weight_factors
@@ -60,12 +61,22 @@ def _needs_gradient(graph: Graph, roots: list[Node]) -> bool:
     return False
 
 
-def _check_sizes(a: Node, b: Node, shifted: bool) -> None:
-    k, n, m = val(a).shape[-1], val(b).shape[-1], val(a).shape[0]
-    for name, size in (("M", m), ("N", n), ("K", k)):
-        if same(size, 0):
+def _repeated_matrix(b: Any) -> Node | None:
+    """The matrix [K, N] that every batch of b [B, K, N] is, or None: how a linear of an input that no view makes a matrix ends as a bmm."""
+    while isinstance(b, Node) and val(b).ndim > 2:
+        source = b.args[0] if keeps_last(b) is not None else None
+        if not isinstance(source, Node) or not same_shape(val(source).shape[-2:], val(b).shape[-2:]):
+            return None
+        b = source
+    return b if isinstance(b, Node) and val(b).ndim == 2 else None
+
+
+def _check_sizes(a: Node, b: Node, zero_points: int) -> None:
+    *rows, k = val(a).shape
+    for name, sizes in (("M", rows), ("N", val(b).shape[-1:]), ("K", [k])):
+        if any(same(size, 0) for size in sizes):
             raise Declined(f"{name} is 0")
-    limit = reference.MAX_K_ZERO_POINT if shifted else reference.MAX_K
+    limit = (reference.MAX_K, reference.MAX_K_ZERO_POINT, reference.MAX_K_ZERO_POINTS)[zero_points]
     if not isinstance(k, int):
         raise Declined("K is symbolic")
     if k > limit:
@@ -82,17 +93,20 @@ def _bias_vector(bias: Any, n: Any) -> None:
 
 
 def _rewrite(node: Node, a: Node, b: Node, bias: Node | None) -> Node:
-    """The scaled_mm for a product of dequantized a [M, K] and b [K, N]. Declined, before the graph is touched, where that is not what it is."""
+    """The scaled_mm for a product of dequantized a [..., K] and b [K, N]. Declined, before the graph is touched, where that is not what it is."""
     left, right = _dequantized(a), _dequantized(b)
     if left is None or right is None:
         side, other = ("activation", "weight") if left is None else ("weight", "activation")
         raise Declined(f"its {other} is dequantized from int8 and its {side} is not")
     (a_dequant, a_path), (b_dequant, b_path) = left, right
+    for dequant in (a_dequant, b_dequant):
+        if dequant.problem:
+            raise Declined(f"{dequant.node.name} is no dequantize that is matched: {dequant.problem}")
     if val(node).dtype not in reference.OUT_DTYPES:
         raise Declined(f"its output is {val(node).dtype}")
     a_scale, a_zero = activation_factors(a_dequant, a_path)
     b_scale, b_zero, transposed = weight_factors(b_dequant, b_path)
-    _check_sizes(a, b, a_zero is not None or b_zero is not None)
+    _check_sizes(a, b, (a_zero is not None) + (b_zero is not None))
     _bias_vector(bias, val(b).shape[1])
     bias = None if bias is None else widened(bias)
     graph = node.graph
@@ -102,9 +116,10 @@ def _rewrite(node: Node, a: Node, b: Node, bias: Node | None) -> Node:
     current().check_kernel(val(node).device)
     with graph.inserting_before(node):
         q_a = a_path.replay(graph, a_dequant.q)
+        rows = q_a if val(q_a).ndim == 2 else make(graph, node, aten.reshape.default, q_a, [-1, val(q_a).shape[-1]])
         q_b = b_dequant.q if transposed else make(graph, node, aten.permute.default, b_dequant.q, [1, 0])
         arguments: dict[str, Any] = {
-            "a": q_a,
+            "a": rows,
             "b": q_b,
             "a_scale": a_scale.emit(graph, node, torch.float32, a_path),
             "b_scale": b_scale.emit(graph, node, torch.float32),
@@ -117,7 +132,14 @@ def _rewrite(node: Node, a: Node, b: Node, bias: Node | None) -> Node:
         for name, columns in (("b_scale", b_scale), ("b_zero_point", b_zero)):
             if columns is not None and columns.per_row:
                 arguments[name] = make(graph, node, aten.reshape.default, arguments[name], [-1])
-        return emit(graph, node, node.name, arguments)
+        product = emit(graph, node, node.name, arguments)
+        return product if rows is q_a else make(graph, node, aten.reshape.default, product, [*_leading_sizes(graph, q_a), -1])
+
+
+def _leading_sizes(graph: Graph, node: Node) -> list[Any]:
+    """The sizes of all dimensions of `node` but the last, as arguments of a node."""
+    sizes = val(node).shape[:-1]
+    return [size if isinstance(size, int) else make(graph, node, aten.sym_size.int, node, dim) for dim, size in enumerate(sizes)]
 
 
 def _handle(node: Node, a: Any, b: Any, bias: Any = None, scales: tuple[Any, Any] = (1, 1)) -> None:
@@ -148,23 +170,16 @@ def rewrite_mm(match: Match, a: Node, b: Node) -> None:
 
 @_register(CallFunction(aten.addmm.default, KeywordArg("bias"), KeywordArg("a"), KeywordArg("b"), _users=MULTIPLE))
 def rewrite_addmm(match: Match, bias: Node, a: Node, b: Node) -> None:
-    """addmm of dequantized operands -> scaled_mm with a bias."""
-    _handle(match.output_node(), a, b, bias)
-
-
-@_register(
-    CallFunction(
-        aten.addmm.default, KeywordArg("bias"), KeywordArg("a"), KeywordArg("b"), beta=KeywordArg("beta"), alpha=KeywordArg("alpha"), _users=MULTIPLE
-    )
-)
-def rewrite_addmm_scaled(match: Match, bias: Node, a: Node, b: Node, beta: Any, alpha: Any) -> None:
-    """addmm with factors: a scaled_mm where both are 1."""
-    _handle(match.output_node(), a, b, bias, (beta, alpha))
+    """addmm of dequantized operands -> scaled_mm with a bias, where beta and alpha are 1."""
+    node = match.output_node()
+    _handle(node, a, b, bias, (argument(node, "beta"), argument(node, "alpha")))
 
 
 @_register(CallFunction(aten.bmm.default, KeywordArg("a"), KeywordArg("b"), _users=MULTIPLE))
-def name_bmm(match: Match, a: Node, b: Node) -> None:
-    """A batched product is no linear: named when its operands are dequantized."""
+def rewrite_bmm(match: Match, a: Node, b: Node) -> None:
+    """bmm of dequantized operands -> scaled_mm where all batches have the same right operand. Another batched product is no linear, and named."""
     node = match.output_node()
-    if _dequantized(a) is not None or _dequantized(b) is not None:
+    if (weight := _repeated_matrix(b)) is not None:
+        _handle(node, a, weight)
+    elif _dequantized(a) is not None or _dequantized(b) is not None:
         current().ledger.linear(node, LEFT, "a batched product (bmm) is not a linear")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from .. import ops
 from .base import Declined, Path, aten, make, prims, same, val
 from .dialects import Dequant, Value, varying_dims
 
@@ -16,29 +17,46 @@ __all__ = ["Factor", "activation_factors", "read_factor", "weight_factors"]
 
 @dataclass(frozen=True)
 class Factor:
-    """A scale or zero point: its value, whether it is per row (else per tensor), and whether the value is the inverse of the scale."""
+    """A scale or zero point: its value, whether it is per row (else per tensor), and whether the value is the inverse of the scale.
+
+    axis: the dimension of the quantized value, which has `ndim` of them, along which a value of one dimension lies; None: it broadcasts against it.
+    """
 
     value: Value
     per_row: bool
     inverse: bool = False
+    axis: int | None = None
+    ndim: int = 2
 
     def emit(self, graph: Graph, like: Node, dtype: torch.dtype | None, path: Path | None = None) -> Node:
         """A tensor for it: [1], or [rows, 1] for a per-row one, whose rows `path` moves about as it does the quantized value's.
 
-        dtype: what to cast to; None leaves integers as they are.
+        dtype: what to cast to; None: an integer dtype that the operator takes.
         """
         if not isinstance(self.value, Node):
             number = 1.0 / self.value if self.inverse else self.value
             return make(graph, like, aten.full.default, [1], number, dtype=dtype or torch.int32, device=val(like).device)
         node = self.value
-        if dtype is not None and val(node).dtype != dtype:
+        if dtype is None:
+            dtype = val(node).dtype if val(node).dtype in ops.ZERO_POINT_DTYPES else torch.int32
+        if val(node).dtype != dtype:
             node = make(graph, like, prims.convert_element_type.default, node, dtype)
         if self.inverse:
             node = make(graph, like, aten.reciprocal.default, node)
         if not self.per_row:
             return node if list(val(node).shape) == [1] else make(graph, like, aten.reshape.default, node, [1])
-        node = path.replay(graph, node, width=1) if path is not None else node
+        if path is not None:
+            node = path.replay(graph, self._aligned(graph, like, node), width=1)
         return node if val(node).ndim == 2 else make(graph, like, aten.reshape.default, node, [-1, 1])
+
+    def _aligned(self, graph: Graph, like: Node, node: Node) -> Node:
+        """`node` with as many dimensions as the quantized value has."""
+        if self.axis is not None:
+            for _ in range(self.ndim - 1 - self.axis):
+                node = make(graph, like, aten.unsqueeze.default, node, -1)
+        while val(node).ndim < self.ndim:
+            node = make(graph, like, aten.unsqueeze.default, node, 0)
+        return node
 
 
 def read_factor(value: Value, axis: int | None, target: Node, rows: set[int], what: str, inverse: bool = False) -> Factor:
@@ -54,7 +72,7 @@ def read_factor(value: Value, axis: int | None, target: Node, rows: set[int], wh
     long = {dim for dim in rows if not same(val(target).shape[dim], 1)}
     if varying != long:
         raise Declined(f"the {what} varies along dimensions {sorted(varying)} of {list(val(target).shape)}, not along {sorted(rows)}")
-    return Factor(value, True, inverse)
+    return Factor(value, True, inverse, axis, val(target).ndim)
 
 
 def activation_factors(dequant: Dequant, path: Path) -> tuple[Factor, Factor | None]:

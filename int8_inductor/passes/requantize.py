@@ -21,7 +21,7 @@ from .. import ops, reference
 from .base import SCALED_MM, Declined, Path, arguments_of, aten, getitem, make, same, shared, val, walk_back
 from .context import current
 from .dialects import Quant, find_quant
-from .epilogue import refold, trace_pattern
+from .epilogue import is_nan, refold, trace_pattern
 from .operands import Factor, read_factor
 
 __all__ = ["fold_quants"]
@@ -54,8 +54,9 @@ def _fold(quant: Quant) -> None:
     if blocks is not None:
         _fold_blocks(quant, scaled_mm, blocks)
         return
-    if isinstance(quant.scale, Node) and _depends_on(quant.scale, scaled_mm):
-        raise Declined("its scale is computed from the value that it quantizes")
+    for name, value in (("scale", quant.scale), ("zero point", quant.zero_point)):
+        if isinstance(value, Node) and _depends_on(value, scaled_mm):
+            raise Declined(f"its {name} is computed from the value that it quantizes")
     other = shared(scaled_mm, path) or (None if _only_for(quant.x, {quant.node}) else quant.x)
     if other is not None:
         raise Declined(f"the float value {other.name} has another user")
@@ -82,7 +83,7 @@ def _check_rows(factors: list[Factor], path: Path, scaled_mm: Node) -> None:
     """A per-row factor has the rows of what is quantized: they must be the product's, in order."""
     if not any(factor.per_row for factor in factors):
         return
-    if not path.keeps_last or any(node.target is aten.permute.default for node in path.nodes):
+    if not path.keeps_last or any(node.target in (aten.permute.default, aten.transpose.int, aten.expand.default) for node in path.nodes):
         raise Declined("the linear's rows are rearranged before they are quantized row by row")
 
 
@@ -117,7 +118,7 @@ def _match_blocks(quant: Quant, scaled_mm: Node, path: Path) -> _Blocks | None:
     if not isinstance(quant.scale, Node) or len(shape) != 3 or quant.zero_point is not None or quant.inverse:
         return None
     match = _block_scale_pattern().match(quant.scale)
-    if not isinstance(match, Match) or match.kwargs["x"] is not quant.x:
+    if not isinstance(match, Match) or match.kwargs["x"] is not quant.x or not is_nan(match.kwargs["nan"]):
         return None
     return _Blocks(quant.scale, int(shape[-1])) if isinstance(shape[-1], int) else None
 
@@ -155,4 +156,3 @@ def _only_for(value: Node, ends: set[Node]) -> bool:
             return False
         pending.extend(node.users)
     return True
-
