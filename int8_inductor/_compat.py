@@ -6,8 +6,9 @@ Everything else imports what it needs of Inductor's internals from here, under o
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -81,18 +82,34 @@ def run_apart(fn: Callable[..., Any], backend: Callable[..., Any], args: Sequenc
     no_limit = 2**31 - 1
     compile_: Any = torch.compile
     with (
-        dynamo_config.patch(automatic_dynamic_shapes=False, recompile_limit=no_limit, accumulated_recompile_limit=no_limit),
+        dynamo_config.patch(recompile_limit=no_limit, accumulated_recompile_limit=no_limit),
         functorch_config.patch(enable_autograd_cache=False),
         inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        _forgotten_shapes(),
     ):
         return compile_(call, backend=backend, **isolated)(fn, args, kwargs)
+
+
+@contextmanager
+def _forgotten_shapes() -> Iterator[None]:
+    """What automatic dynamic shapes have seen is unknown inside the block, and what they see there is forgotten after it."""
+    from torch._dynamo import config as dynamo_config
+    from torch._dynamo import pgo
+
+    seen = pgo._CODE_STATE
+    pgo._CODE_STATE = defaultdict(pgo.CodeState)
+    try:
+        with dynamo_config.patch(automatic_dynamic_local_pgo=False, automatic_dynamic_remote_pgo=False):
+            yield
+    finally:
+        pgo._CODE_STATE = seen
 
 
 def graph_breaks() -> Counter[str]:
     """How often Dynamo has broken a graph in this process, by reason."""
     from torch._dynamo.utils import counters
 
-    return Counter(counters["graph_break"])
+    return Counter({reason.splitlines()[0]: count for reason, count in counters["graph_break"].items()})
 
 
 def has_triton_package() -> bool:

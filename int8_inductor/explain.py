@@ -56,7 +56,8 @@ class Entry:
 class Report:
     """All entries of all graphs that one model compiled to. `str(report)` is a table, `report.to_dict()` plain data.
 
-    graphs: how many graphs there were. graph_breaks: why Dynamo left code between them to run eagerly; of that code the report knows nothing.
+    graphs: how many graphs there were. graph_breaks: Dynamo's reasons, each once, to leave code between them to run eagerly; of that code the
+    report knows nothing.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -101,19 +102,19 @@ class Report:
         rows = [header, *(tuple(str(getattr(entry, column)) for column in header) for entry in self.entries)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], self.summary()])
+        breaks = [f"graph break: {reason}" for reason in self.graph_breaks]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *breaks, self.summary()])
 
     def summary(self) -> str:
         """One line: how many linears, quants and dequants were rewritten, of how many."""
         counts = self.counts()
         quantized = sum(counts["linear"].values()) - counts["linear"][FLOAT]
         done = counts["quant"][REWRITTEN]
-        breaks = len(self.graph_breaks)
         return (
             f"{counts['linear'][REWRITTEN]} of {quantized} int8 linears rewritten ({counts['linear'][FLOAT]} float linears); "
             f"quants: {done} fused, {counts['quant'][FEEDS]} feeding, {counts['quant'][LEFT]} left; "
             f"dequants: {counts['dequant'][REWRITTEN]} fused, {counts['dequant'][LEFT]} left"
-            + (f"; {breaks} graph breaks, and what ran eagerly there is not in this report" if breaks else "")
+            + (f"; {self.graphs} graphs, and what ran eagerly between them is not in this report" if self.graph_breaks else "")
         )
 
 
@@ -187,7 +188,21 @@ def explain(model: Any, *inputs: Any, **kwargs: Any) -> Report:
         return int8_inductor(gm, example_inputs)
 
     before = graph_breaks()
-    with recording() as report, config.patch(strict=False), torch.no_grad():
+    with recording() as report, config.patch(strict=False), torch.no_grad(), _as_written(target):
         run_apart(target, backend, inputs, kwargs)
-    report.graph_breaks = sorted((graph_breaks() - before).elements())
+    report.graph_breaks = sorted(graph_breaks() - before)
     return report
+
+
+@contextmanager
+def _as_written(model: Any) -> Iterator[None]:
+    """Inside the block, modules that were compiled in place (module.compile()) run as they are written."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    compiled = {module: call for module in modules if (call := module._compiled_call_impl) is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call

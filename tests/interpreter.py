@@ -16,7 +16,9 @@ import numpy as np
 import torch
 import torch._inductor.config as inductor_config
 import triton.language as tl
+from torch._inductor.codegen.triton import TritonOverrides
 from torch._inductor.runtime import triton_helpers
+from torch._inductor.virtualized import ops
 from triton.backends.compiler import GPUTarget
 from triton.language.extra import libdevice
 from triton.runtime import driver, interpreter
@@ -100,6 +102,12 @@ def _reduce_with_numpy() -> None:
     ReduceOps.apply_impl = apply_impl
 
 
+def _saturating_round_to_int(x: Any, dtype: torch.dtype) -> Any:
+    """Inductor quantizes with round_to_int on the CPU device alone, where its C++ saturates; its Triton code, which no CPU runs, does not."""
+    low, high = (ops.constant(float(limit), torch.float32) for limit in (torch.iinfo(dtype).min, torch.iinfo(dtype).max))
+    return ops.to_dtype(ops.minimum(ops.maximum(ops.round(x), low), high), dtype)
+
+
 def install() -> None:
     """Route Inductor's CPU device to Triton's interpreter for the rest of the process."""
     driver.set_active(InterpreterDriver())
@@ -109,3 +117,4 @@ def install() -> None:
         setattr(libdevice, name, _on_numpy(fn))
     _patch_language_once_a_kernel()
     _reduce_with_numpy()
+    TritonOverrides.round_to_int = staticmethod(_saturating_round_to_int)
