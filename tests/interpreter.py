@@ -22,7 +22,7 @@ from torch._inductor.virtualized import ops
 from triton.backends.compiler import GPUTarget
 from triton.language.extra import libdevice
 from triton.runtime import driver, interpreter
-from triton.runtime.interpreter import InterpretedFunction, ReduceOps, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
 
 
 class InterpreterDriver:
@@ -102,6 +102,19 @@ def _reduce_with_numpy() -> None:
     ReduceOps.apply_impl = apply_impl
 
 
+def _round_to_bfloat16() -> None:
+    """The interpreter cuts off the bits that bfloat16 lacks; GPUs round to nearest."""
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: InterpreterBuilder, source: TensorHandle, wanted: Any) -> TensorHandle:
+        if (source.dtype.scalar, wanted.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, wanted)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = cast_impl
+
+
 def _saturating_round_to_int(x: Any, dtype: torch.dtype) -> Any:
     """Inductor quantizes with round_to_int on the CPU device alone, where its C++ saturates; its Triton code, which no CPU runs, does not."""
     low, high = (ops.constant(float(limit), torch.float32) for limit in (torch.iinfo(dtype).min, torch.iinfo(dtype).max))
@@ -117,4 +130,5 @@ def install() -> None:
         setattr(libdevice, name, _on_numpy(fn))
     _patch_language_once_a_kernel()
     _reduce_with_numpy()
+    _round_to_bfloat16()
     TritonOverrides.round_to_int = staticmethod(_saturating_round_to_int)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dialect_cases import DIALECTS, TORCHAO, Dialect
+from dialect_cases import DIALECTS, TORCHAO, Dialect, per_channel
 from hypothesis import strategies as st
 from support import EVALUATION, LIPSCHITZ, U
 from torch import Tensor
@@ -81,6 +81,11 @@ class Program:
     def choose(self, options: Any) -> Any:
         return self.draw(st.sampled_from(list(options)))
 
+    def choose_late(self, values: list[Value]) -> Value:
+        """One of the values, mostly one of the last: so that chains grow, and old values are shared now and then."""
+        back = self.draw(st.sampled_from([1, 1, 1, 1, 1, 2, 3, 6]))
+        return values[-min(back, len(values))]
+
     def floats(self) -> list[Value]:
         return [v for v in self.values.values() if not v.is_int8]
 
@@ -89,8 +94,8 @@ class Program:
 
     # Steps: each adds a variable, or returns None where it does not apply
 
-    def quantize(self) -> Value | None:
-        x, dialect = self.choose(self.floats()), self.choose(self.dialects)
+    def quantize(self, x: Value | None = None) -> Value | None:
+        x, dialect = x or self.choose_late(self.floats()), self.choose(self.dialects)
         by_rows = dialect.per_row and self.draw(st.booleans()) and x.value.shape[:-1].numel() > 1
         largest = x.value.abs().amax(-1, keepdim=True) if by_rows else x.value.abs().max().reshape(1)
         start = (largest / self.choose([60, 120, 200])).clamp(min=1e-3)
@@ -110,7 +115,7 @@ class Program:
     def dequantize(self) -> Value | None:
         if not self.int8s():
             return None
-        q = self.choose(self.int8s())
+        q = self.choose_late(self.int8s())
         assert q.qparams is not None
         scale, zero_point = q.qparams
         # What one dialect wrote, another may read, where it has scales of that shape.
@@ -119,14 +124,13 @@ class Program:
         value = (q.value - (0 if zero_point is None else zero_point.double())) * scale.double()
         return self.assign(f"{self.constant(dialect)}.dequantize({q.name}, {s}, {z})", value, 3 * U * value.abs(), q, kind="dequant")
 
-    def linear(self) -> Value | None:
-        # Prefer what a dequantize made: that is what there is to rewrite.
-        dequants = [v for v in self.floats() if v.kind == "dequant"]
-        x = self.choose(dequants if dequants and self.draw(st.integers(0, 3)) else self.floats())
+    def linear(self, x: Value | None = None) -> Value:
+        x = x or self.choose_late(self.floats())
         k, n = x.value.shape[-1], self.choose([1, 3, 8])
-        if self.draw(st.integers(0, 4)):
+        if self.choose([True, True, True, True, False]):
             w, scale = self.int8(n, k), (self.rand(n, 1) + 0.5) / (127 * k**0.5)
-            wide = f"{self.constant(self.choose(self.dialects))}.weight({self.constant(w)}, {self.constant(scale)})"
+            dequantize = self.choose(d.weight for d in self.dialects if d.weight is not per_channel)
+            wide = f"{self.constant(dequantize)}({self.constant(w)}, {self.constant(scale)})"
             weight = w.double() * scale.double()
         else:
             w = (self.rand(n, k) - 0.5) / k**0.5
@@ -136,27 +140,37 @@ class Program:
         error = x.error @ weight.abs().t() + (k + 4) * U * (x.value.abs() @ weight.abs().t()) + 2 * U * value.abs() + U
         return self.assign(f"F.linear({x.name}, {wide}, {self.constant(bias)})", value, error, x, kind="linear")
 
-    def pointwise(self) -> Value | None:
-        x = self.choose(self.floats())
+    def pointwise(self, x: Value | None = None) -> Value:
+        x = x or self.choose_late(self.floats())
         expression, fn, own = self.choose(POINTWISE)
         value = fn(x.value)
         error = LIPSCHITZ * x.error + EVALUATION * U * (x.value.abs() + value.abs() + 1) + own(value)
         return self.assign(expression.format(x.name), value, error, x)
 
     def combine(self) -> Value | None:
-        x = self.choose(self.floats())
+        x = self.choose_late(self.floats())
         y = self.choose([v for v in self.floats() if v.value.shape == x.value.shape])
         value = x.value + y.value
         return self.assign(f"{x.name} + {y.name}", value, x.error + y.error + U * value.abs(), x, y)
 
     def move(self) -> Value | None:
-        x = self.choose(self.values.values())
+        x = self.choose_late(list(self.values.values()))
         if x.is_int8 and x.qparams is not None and x.qparams[0].numel() > 1:
             return None  # its scales by rows would have to move along
         moves = [m for m in MOVES if m[1] == x.value.ndim]
         expression, _, fn = self.choose(moves)
         more = {"dialect": x.dialect, "qparams": x.qparams} if x.is_int8 else {}
         return self.assign(expression.format(x.name), fn(x.value), fn(x.error), x, **more)
+
+    def layer(self) -> Value | None:
+        """What the passes make one kernel of, if nothing else reads what is in between."""
+        x = self.dequantize()
+        if x is None:
+            return None
+        y = self.linear(x)
+        if self.draw(st.booleans()):
+            y = self.pointwise(y)
+        return self.quantize(y) if self.choose([True, True, False]) else y
 
     # The whole
 
@@ -185,6 +199,10 @@ def _nothing(value: Tensor) -> Tensor:
     return torch.zeros_like(value)
 
 
+def _bfloat16(value: Tensor) -> Tensor:
+    return 2.0**-8 * value.abs()
+
+
 def _fitted_gelu(value: Tensor) -> Tensor:
     return (2.6e-5 * value.abs()).clamp(max=3.1e-6) + 2.5e-8
 
@@ -197,6 +215,7 @@ POINTWISE = (
     ("torch.sigmoid({})", torch.sigmoid, _nothing),
     ("{} * 0.75", lambda x: x * 0.75, _nothing),
     ("{} + 0.25", lambda x: x + 0.25, _nothing),
+    ("{}.to(torch.bfloat16).float()", lambda x: x, _bfloat16),
     ("{}.clamp(-2.0, 2.0)", lambda x: x.clamp(-2.0, 2.0), _nothing),
 )
 """Source, the same in float64, and what its evaluation adds beyond a few roundings."""
@@ -230,12 +249,12 @@ def scale_away_from_ties(x: Value, start: Tensor) -> Tensor | None:
     return None
 
 
-STEPS = ("quantize", "dequantize", "linear", "linear", "pointwise", "combine", "move")
+STEPS = ("layer", "layer", "layer", "quantize", "dequantize", "linear", "pointwise", "combine", "move")
 
 
 @st.composite
 def programs(draw: st.DrawFn, dialects: tuple[Dialect, ...] = tuple(d for d in DIALECTS if d is not TORCHAO)) -> Program:
-    """A program of one or two inputs and 4 to 14 steps, which starts with a quantize and a dequantize, and returns one to three variables."""
+    """A program of one or two inputs and 4 to 9 steps, which starts with a quantized input of a linear, and returns one to three variables."""
     program = Program(draw, dialects, seed=draw(st.integers(0, 2**20)) * 1000)
     shapes = st.sampled_from([(1, 5), (4, 5), (6, 8), (2, 3, 5), (3, 1, 8)])
     for shape in draw(st.lists(shapes, min_size=1, max_size=2)):
@@ -243,7 +262,7 @@ def programs(draw: st.DrawFn, dialects: tuple[Dialect, ...] = tuple(d for d in D
         program.inputs.append(x)
         name = f"v{len(program.values)}"
         program.values[name] = Value(name, x.double(), torch.zeros_like(x, dtype=torch.float64))
-    for step in ["quantize", "dequantize", *draw(st.lists(st.sampled_from(STEPS), min_size=2, max_size=12))]:
+    for step in ["quantize", "layer", *draw(st.lists(st.sampled_from(STEPS), min_size=2, max_size=7))]:
         if getattr(program, step)() is None:
             program.pointwise()
     computed = list(program.values)[len(program.inputs) :]

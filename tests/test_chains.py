@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import linear_cases
 import pytest
 import torch
 import torch.nn.functional as F
 from dialect_cases import DEFAULT, TORCHAO, Dialect, K, M, N, decomposed, every_dialect, int8, scheme, weight
-import linear_cases
 from linear_cases import SCHEMES, name_of
 from support import Compiled, away_from_ties, check_float, check_int8, linear64, run
 from torch import Tensor, nn
@@ -75,7 +75,10 @@ def test_every_spelling_of_every_activation(device: str, name: str, spelling: Ca
 # Quants behind linears ------------------------------------------------------------------------------------------------------------
 
 
-def two_layers(dialect: Dialect, zero_point: bool, device: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor, list[Tensor]]:
+Network = Callable[[Tensor], Tensor]
+
+
+def two_layers(dialect: Dialect, zero_point: bool, device: str) -> tuple[Network, Network, Tensor, list[Tensor]]:
     """One layer and two (linear, bias, gelu, quantize, dequantize, linear, bias, quantize), int8 in and out, an input, and both results."""
     w1, w1_scale, b1 = weight(N, K, 1, device)
     w2, w2_scale, b2 = weight(29, N, 11, device)
@@ -106,7 +109,8 @@ def assert_one_kernel_a_linear(compiled: Compiled, linears: int) -> None:
     assert_fused(compiled, linears, feeding=0, fused=linears, kernels=linears)
     assert {entry.epilogue.rsplit(" + ", 1)[-1] for entry in compiled.report.linears} == {"int8"}
     # Nothing float is ever stored: all buffers are int8.
-    assert re.findall(r"empty_strided_\w+\(.*?, torch\.(\w+)\)", compiled.code[0].split("def call")[1].split("def get_args")[0]) == ["int8"] * linears
+    calls = compiled.code[0].split("async_compile.wait")[1].split("def get_args")[0]
+    assert re.findall(r"empty_strided_\w+\(.*?, torch\.(\w+)\)", calls) == ["int8"] * linears
 
 
 @every_dialect

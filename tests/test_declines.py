@@ -1,16 +1,35 @@
-"""Near misses: what is not exactly the pattern is left alone, gives what stock Inductor gives, and is named with the reason."""
+"""Near misses of linears and dequants: what is not exactly the pattern is left alone, gives what stock Inductor gives, and is named."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dialect_cases import Dialect, K, M, N, decomposed, every_dialect, int8, near, per_channel, per_channel_with_zeros, rand, weight
-from support import Compiled, check_float, linear64, run
+from decline_cases import (
+    ALONG_K,
+    BIAS,
+    ONE,
+    OUT,
+    ROW_BIAS,
+    SCALE,
+    SHIFT,
+    W_SCALE,
+    WHOLE,
+    WHOLE_BIAS,
+    Q,
+    W,
+    X,
+    assert_left,
+    left_alone,
+    reasons,
+    to_int8,
+    wide,
+)  # fmt: skip
+from dialect_cases import Dialect, K, M, N, decomposed, every_dialect, int8, near, per_channel, per_channel_with_zeros, rand
+from support import check_float, linear64, run
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,38 +38,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from int8_inductor import LeftBehindError, Report, config, reference
 from int8_inductor.explain import recording
 from int8_inductor.passes import Int8Pass
-
-W, W_SCALE, BIAS = weight()
-Q, SCALE = int8(M, K, seed=5), torch.tensor([0.02])
-X = near(Q, 0.02, seed=6)
-SHIFT = torch.tensor([3], dtype=torch.int32)
-ALONG_K, ROW_BIAS, WHOLE_BIAS, ONE, WHOLE = rand(1, K), rand(M, 1), rand(M, N), rand(1), rand(N, K)
-
-
-def wide(w: Tensor = W) -> Tensor:
-    return w.float() * W_SCALE
-
-
-def left_alone(fn: Callable[..., Any], *inputs: Tensor, **kwargs: Any) -> Compiled:
-    """Compile `fn` with the passes and without: where nothing is rewritten, the outputs must have the same bits."""
-    compiled, stock = run(fn, *inputs, **kwargs), run(fn, *inputs, backend="inductor", **kwargs)
-    for mine, theirs in zip(*(torch.utils._pytree.tree_leaves(each.output) for each in (compiled, stock)), strict=True):
-        assert mine.dtype == theirs.dtype
-        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num()), (mine, theirs)
-    return compiled
-
-
-def reasons(compiled: Compiled, kind: str) -> list[str]:
-    return [entry.reason for entry in compiled.report.left() if entry.kind == kind]
-
-
-def assert_left(compiled: Compiled, kind: str, *expected: str) -> None:
-    """The entries of `kind` that were left, each with a reason that matches, in order."""
-    found = reasons(compiled, kind)
-    assert len(found) == len(expected), f"\n{compiled.report}"
-    for reason, pattern in zip(found, expected, strict=True):
-        assert re.fullmatch(pattern, reason), f"{reason!r} is not {pattern!r}"
-
 
 # Linears --------------------------------------------------------------------------------------------------------------------------
 
@@ -97,7 +84,10 @@ WRONG_LINEARS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         lambda q: F.linear((q.float() - torch.tensor([0.5])) * SCALE, wide()),
         r"mul\w* is no dequantize that is matched: its zero point \w+ is torch.float32, not an integer",
     ),
-    "float64": (lambda q: F.linear(q.double() * SCALE, W.double() * W_SCALE), r"mul\w* is no dequantize that is matched: it dequantizes to torch.float64"),
+    "float64": (
+        lambda q: F.linear(q.double() * SCALE, W.double() * W_SCALE),
+        r"mul\w* is no dequantize that is matched: it dequantizes to torch.float64",
+    ),
     "a bias for each row": (lambda q: torch.addmm(ROW_BIAS, q.float() * SCALE, wide().t()), r"the bias has shape \[6, 1\], not \[23\]"),
     "a bias for each element": (lambda q: torch.addmm(WHOLE_BIAS, q.float() * SCALE, wide().t()), r"the bias has shape \[6, 23\], not \[23\]"),
     "one bias for all": (lambda q: torch.addmm(ONE, q.float() * SCALE, wide().t()), r"the bias has shape \[1\], not \[23\]"),
@@ -247,114 +237,6 @@ def test_per_channel_zero_points_of_a_weight_are_corrected_for() -> None:
     compiled = run(fn, Q)
     compiled.check_report(linear={"rewritten": 1}, dequant={"rewritten": 2})
     check_float(compiled.output, linear64(Q, W, SCALE, W_SCALE, SHIFT, zero_points))
-
-
-# Quants ---------------------------------------------------------------------------------------------------------------------------
-
-OUT = torch.tensor([0.1234])
-COLUMNS_OUT, ROWS_OUT = rand(N) * 0.1, rand(M, 1) * 0.1
-
-
-def to_int8(t: Tensor) -> Tensor:
-    return torch.clamp(t, -128, 127).to(torch.int8)
-
-
-WRONG_QUANTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "floor": (lambda y: to_int8(torch.floor(y / OUT)), "it rounds by floor, not to nearest even"),
-    "ceil": (lambda y: to_int8(torch.ceil(y / OUT)), "it rounds by ceil, not to nearest even"),
-    "trunc": (lambda y: to_int8(torch.trunc(y / OUT)), "it rounds by trunc, not to nearest even"),
-    "round half up": (lambda y: to_int8(torch.floor(y / OUT + 0.5)), "it rounds by floor, not to nearest even"),
-    "decimals": (lambda y: to_int8(torch.round(y / OUT, decimals=1)), "it does not round before the cast to int8"),
-    "no rounding": (lambda y: to_int8(y / OUT), "it does not round before the cast to int8"),
-    "no clamp": (lambda y: torch.round(y.clamp(-9, 9) / OUT).to(torch.int8), "it does not clamp before the cast to int8"),
-    "narrower": (lambda y: torch.clamp(torch.round(y / OUT), -100, 100).to(torch.int8), r"it clamps to \[-100, 100\], not to int8's range"),
-    "not negative": (lambda y: torch.clamp(torch.round(y / OUT), 0, 127).to(torch.int8), r"it clamps to \[0, 127\], not to int8's range"),
-    "four bits": (lambda y: torch.clamp(torch.round(y / OUT), -8, 7).to(torch.int8), r"it clamps to \[-8, 7\], not to int8's range"),
-    "one side": (lambda y: torch.clamp(torch.round(y.clamp(min=-9) / OUT), max=127).to(torch.int8), r"it clamps to \[-inf, 127.0\], not to whole numbers"),
-    "fractions": (lambda y: torch.clamp(y / OUT, -99.5, 99.5).round().to(torch.int8), r"it clamps to \[-99.5, 99.5\], not to whole numbers"),
-    "clamp before the zero point": (lambda y: (torch.clamp(torch.round(y / OUT), -100, 100) + SHIFT).to(torch.int8), "it clamps before .*"),
-    "zero point before rounding": (lambda y: to_int8(torch.round(y / OUT + SHIFT)), "it adds the zero point before it rounds"),
-    "a zero point of floats": (lambda y: to_int8(torch.round(y / OUT) + ONE), r"its zero point \w+ is torch.float32, not an integer"),
-    "a large zero point": (lambda y: to_int8(torch.round(y / OUT) + 300), "its zero point 300 is not an int8 value"),
-    "scaled by columns": (
-        lambda y: to_int8(torch.round(y / COLUMNS_OUT)),
-        r"the quant's scale varies along dimensions \[1\] of \[6, 23\], not along \[0\]",
-    ),
-    "shifted by columns": (
-        lambda y: to_int8(torch.round(y / OUT) + torch.arange(N)),
-        r"the quant's zero point varies along dimensions \[1\] of \[6, 23\], not along \[0\]",
-    ),
-    "by rows that are rearranged": (
-        lambda y: to_int8(torch.round(y.reshape(2, 3, N).transpose(0, 1) / ROWS_OUT.reshape(3, 2, 1))),
-        "the linear's rows are rearranged before they are quantized row by row",
-    ),
-    "scale from the value": (
-        lambda y: to_int8(torch.round(y / (y.abs().amax(-1, keepdim=True) / 127))),
-        "its scale is computed from the value that it quantizes",
-    ),
-    "zero point from the value": (
-        lambda y: to_int8(torch.round(y / OUT) + y.amax(-1, keepdim=True).to(torch.int32)),
-        "its zero point is computed from the value that it quantizes",
-    ),
-    "another user": (lambda y: (to_int8(torch.round(y / OUT)), y.sin()), r"the float value \w+ has another user"),
-    "two quants": (
-        lambda y: (to_int8(torch.round(y / OUT)), to_int8(torch.round(y / (OUT * 2)))),
-        r"the float value \w+ has another user",
-    ),
-    "something in between": (lambda y: to_int8(torch.round(torch.cos(y) / OUT)), "no linear comes right before it"),
-    "a residual in between": (lambda y: to_int8(torch.round((y + WHOLE_BIAS) / OUT)), "no linear comes right before it"),
-    "decomposed, narrower": (
-        lambda y: decomposed.quantize_per_tensor(y, 0.1, 0, -100, 100, torch.int8),
-        r"it clamps to \[-100, 100\], not to int8's range",
-    ),
-    "decomposed, by columns": (
-        lambda y: decomposed.quantize_per_channel(y, COLUMNS_OUT, torch.zeros(N, dtype=torch.int64), 1, -128, 127, torch.int8),
-        r"the quant's scale varies along dimensions \[1\] of \[6, 23\], not along \[0\]",
-    ),
-    "per token, which rounds last": (
-        lambda y: decomposed.quantize_per_token(y, ROWS_OUT, SHIFT.expand(M, 1), -128, 127, torch.int8),
-        "it adds the zero point before it rounds",
-    ),
-    "decomposed, tensor limits": (
-        lambda y: decomposed.quantize_per_tensor.tensor2(y, OUT, SHIFT, torch.tensor(-128), torch.tensor(127), torch.int8),
-        "quantized_decomposed.quantize_per_tensor.tensor2 is not one that is matched",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_QUANTS)
-def test_a_quant_that_is_not_exactly_the_pattern(name: str) -> None:
-    """It stays as it is, behind a linear that is rewritten."""
-    quantize, reason = WRONG_QUANTS[name]
-
-    def fn(q: Tensor) -> Any:
-        return quantize(F.linear(q.float() * SCALE, wide(), BIAS))
-
-    compiled = run(fn, Q)
-    assert compiled.linears() == 1, f"\n{compiled.report}"
-    assert_left(compiled, "quant", *[reason] * (2 if name == "two quants" else 1))
-    stock = run(fn, Q, backend="inductor")
-    for mine, theirs in zip(*(torch.utils._pytree.tree_leaves(each.output) for each in (compiled, stock)), strict=True):
-        assert mine.dtype == theirs.dtype
-        torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_an_int8_value_with_another_user_stays_available() -> None:
-    """A quant that is folded gives its int8 value to everybody; one before a linear is named, as it is more than the linear's operand."""
-
-    def fn(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q = to_int8(torch.round(x / SCALE))
-        folded = to_int8(torch.round(F.linear(q.float() * SCALE, wide(), BIAS) / OUT))
-        return q, q.int() + 1, folded, folded.int() + 1
-
-    compiled = run(fn, X)
-    compiled.check_report(linear={"rewritten": 1}, quant={"left": 1, "rewritten": 1}, dequant={"rewritten": 2})
-    q, next_q, folded, next_folded = compiled.output
-    assert torch.equal(q, Q)
-    assert torch.equal(next_q, Q.int() + 1)
-    assert torch.equal(next_folded, folded.int() + 1)
-    steps = torch.round(linear64(Q, W, SCALE, W_SCALE, None, None, BIAS).value / OUT.double()).clamp(-128, 127)
-    assert int((folded.double() - steps).abs().max()) <= 1
 
 
 # What decides by size, device or gradient -----------------------------------------------------------------------------------------

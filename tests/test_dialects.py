@@ -9,8 +9,6 @@ from dialect_cases import DIALECTS, Dialect, K, M, N, every_dialect, int8, near,
 from support import Bounded, check_float, linear64, run
 from torch import Tensor
 
-
-
 # One linear -----------------------------------------------------------------------------------------------------------------------
 
 

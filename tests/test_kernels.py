@@ -103,10 +103,11 @@ class Case:
             named = dict(zip(names, args, strict=True))
             return operator(**named, **constants, activation=self.activation, kernel_preference=kernel)
 
-        compiled = run(fn, *(t.to(self.device) if self.device != "cpu" else t for t in tensors.values()), **compile_kwargs)
+        placed = {name: t.to(self.device) for name, t in tensors.items()}
+        compiled = run(fn, *placed.values(), **compile_kwargs)
         if kernel != "torch" and compile_kwargs.get("cpu_backend") != "cpp":
             # Inductor gives a template a copy of a matrix none of whose strides is 1.
-            copied = [name for name in ("a", "b") if 1 not in tensors[name].stride()]
+            copied = [name for name in ("a", "b") if 1 not in placed[name].stride()]
             assert len(compiled.kernels) == len(copied) + 1, (compiled.kernels, copied)
             assert compiled.kernels[-1].startswith("triton_tem_")
         else:

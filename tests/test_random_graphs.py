@@ -48,14 +48,14 @@ def check_invariants(program: Program, compiled: Compiled) -> None:
         assert bool(entry.kernel) == (entry.kind == "linear" and entry.status == "rewritten"), entry
 
 
-@examples(120)
+@examples(25)
 @given(program=programs(EVERY_DIALECT))
 def test_random_graphs_give_what_eager_gives(device: str, program: Program) -> None:
     compiled = compile_and_compare(program, device)
     check_invariants(program, compiled)
 
 
-@examples(60)
+@examples(8)
 @given(program=programs(EVERY_DIALECT))
 def test_random_graphs_through_aten(device: str, program: Program) -> None:
     """KernelPreference.TORCH: the same graphs, on aten._int_mm and pointwise code."""
@@ -64,7 +64,7 @@ def test_random_graphs_through_aten(device: str, program: Program) -> None:
     assert not any(name.startswith("triton_tem") for name in compiled.kernels)
 
 
-@examples(60)
+@examples(6)
 @given(program=programs(EVERY_DIALECT))
 def test_random_graphs_with_symbolic_rows(program: Program) -> None:
     for x in program.inputs:
