@@ -1,8 +1,8 @@
 """Fit the polynomial of the fast GELU: gelu(x) = x / (1 + 2^(-x Q(|x|))), Q of degree DEGREE on [0, LIMIT], for Epilogue GELU.
 
-With Phi the normal distribution function, gelu(x) = x Phi(x) and Phi(x) = 1 / (1 + exp(-x L(x))), L(x) = log(Phi(x) / Phi(-x)) / x, an even and smooth
-function. Unlike 0.5 x (1 + erf(x / sqrt 2)) this form does not cancel for negative x. The error of the exponent, x (Q - L log2 e), is made as small as
-possible in the largest place by Lawson's iteratively reweighted least squares. Run as `python -m benchmarks.fit_gelu`; prints coefficients, lowest first.
+With Phi the normal distribution function, gelu(x) = x Phi(x) and Phi(x) = 1 / (1 + exp(-x L(x))), L(x) = log(Phi(x) / Phi(-x)) / x, an even and
+smooth function. Unlike 0.5 x (1 + erf(x / sqrt 2)) this form does not cancel for negative x. The largest error of the exponent, x (Q - L log2 e), is
+made as small as possible by Lawson's iteratively reweighted least squares. `python -m benchmarks.fit_gelu` prints the coefficients, lowest first.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> None:
     got = fast_gelu(x, coefficients).astype(float)
     body = np.abs(want) > 1e-6
     print("coefficients", [float(c) for c in coefficients])
-    print(f"exponent off by at most {error:.2e}; gelu by {np.abs(got - want).max():.2e}, relatively by {np.abs(got / want - 1)[body].max():.2e} where |gelu| > 1e-6")
+    relative = np.abs(got / want - 1)[body].max()
+    print(f"exponent off by at most {error:.2e}; gelu by {np.abs(got - want).max():.2e}, relatively by {relative:.2e} where |gelu| > 1e-6")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ class Path:
     def replay(self, graph: Graph, value: Node, *, width: int | None = None) -> Node:
         """The same data movement on another value; `width`: what stands for the last dimension there (1 for a per-row scale)."""
         for node in self.shapes_only():
-            rest = list(node.args[1:])
+            rest: list[Any] = list(node.args[1:])
             target = node.target
             if node.target in VIEWS or node.target is aten.expand.default:
                 shape = list(rest[0])

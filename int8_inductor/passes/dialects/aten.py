@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ... import reference
 from ..base import aten, is_exact, is_float_cast, prims, same_shape, val
-from .types import Dequant, Dialect, Quant, Value, is_number, is_single, simplified, unexpanded, zero_point_problem
+from .types import Dequant, Dialect, Quant, Value, is_number, is_single, is_symbolic, qparams_problem, simplified, unexpanded
 
 __all__ = ["PLAIN_ATEN", "STEPS"]
 
@@ -65,7 +65,7 @@ def _read_dequant(node: Node, found: dict[str, Any], inverse: bool) -> Dequant |
         return None  # the scale broadcasts q
     scale, inverse = _uninverted(found["scale"], inverse)
     zero_point = simplified(found.get("zero_point"))
-    problem = zero_point_problem(zero_point)
+    problem = qparams_problem(scale, zero_point)
     if val(node).dtype not in reference.OUT_DTYPES:
         problem = f"it dequantizes to {val(node).dtype}"
     return Dequant(node, q, scale, zero_point, inverse, problem=problem)
@@ -131,17 +131,23 @@ def _nan_guard(chain: _Chain, node: Node) -> Any:
 
 
 def _add_zero_point(chain: _Chain, node: Node) -> Any:
+    x: Any
+    zero_point: Any
     x, zero_point = node.args
     if "zero point" in chain.order or node.kwargs.get("alpha", 1) != 1:
         return None
-    if isinstance(zero_point, Node) and (zero_point.target in STEPS or _broadcasts(x, node)):
+    if _broadcasts(x, node) or (not _broadcasts(zero_point, node) and _is_step(zero_point) and not _is_step(x)):
         x, zero_point = zero_point, x
     chain.zero_point = simplified(zero_point)
     return x
 
 
 def _broadcasts(x: Any, node: Node) -> bool:
-    return isinstance(x, Node) and not same_shape(val(x).shape, val(node).shape)
+    return isinstance(x, Node) and (is_symbolic(x) or not same_shape(val(x).shape, val(node).shape))
+
+
+def _is_step(x: Any) -> bool:
+    return isinstance(x, Node) and x.target in STEPS
 
 
 STEPS: dict[Any, tuple[str, Callable[[_Chain, Node], Any]]] = {
@@ -165,7 +171,8 @@ def _quant(node: Node) -> Quant | None:
     if not isinstance(at, Node) or not (any(name in ROUNDINGS for name in chain.order) or _spans_int8(chain)):
         return None
     x, scale, inverse = _read_scale(at) or (at, 1.0, False)
-    return Quant(node, x, scale, chain.zero_point, chain.low, chain.high, inverse, problem=_problem(chain))
+    problem = _problem(chain) or qparams_problem(scale, chain.zero_point)
+    return Quant(node, x, scale, chain.zero_point, chain.low, chain.high, inverse, problem=problem)
 
 
 def _spans_int8(chain: _Chain) -> bool:
@@ -225,7 +232,7 @@ def _problem(chain: _Chain) -> str:
             return "NaN becomes 0 in it, not the zero point"
     if not (chain.low.is_integer() and chain.high.is_integer()):
         return f"it clamps to [{chain.low}, {chain.high}], not to whole numbers"
-    return zero_point_problem(chain.zero_point)
+    return ""
 
 
 PLAIN_ATEN = Dialect("aten", _dequant, _quant)

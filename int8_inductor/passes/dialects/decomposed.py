@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from ... import reference
 from ..base import argument, val
-from .types import Dequant, Dialect, Quant, Value, simplified, unexpanded, zero_point_problem
+from .types import Dequant, Dialect, Quant, Value, qparams_problem, simplified, unexpanded
 
 __all__ = ["QUANTIZED_DECOMPOSED"]
 
@@ -45,15 +45,15 @@ def _dequant(node: Node) -> Dequant | None:
     if granularity not in _GRANULARITIES:
         return Dequant(node, q, 1.0, None, problem=f"quantized_decomposed.dequantize_{granularity} is not one that is matched")
     scale, zero_point, axis = _qparams(node, granularity)
-    return Dequant(node, q, scale, zero_point, axis=axis, problem=_dequant_problem(node, granularity, zero_point))
+    return Dequant(node, q, scale, zero_point, axis=axis, problem=_dequant_problem(node, granularity, scale, zero_point))
 
 
-def _dequant_problem(node: Node, granularity: str, zero_point: Value | None) -> str:
+def _dequant_problem(node: Node, granularity: str, scale: Value, zero_point: Value | None) -> str:
     if val(node).dtype not in reference.OUT_DTYPES:
         return f"it dequantizes to {val(node).dtype}"
     if granularity in ("per_channel", "per_token") and isinstance(zero_point, Node) and val(zero_point).dtype == torch.int8:
         return f"its zero points {zero_point.name} are int8, and the difference wraps around"
-    return zero_point_problem(zero_point)
+    return qparams_problem(scale, zero_point)
 
 
 def _quant(node: Node) -> Quant | None:
@@ -66,7 +66,7 @@ def _quant(node: Node) -> Quant | None:
         return Quant(node, x, 1.0, None, reference.INT8_MIN, reference.INT8_MAX, problem=problem)
     scale, zero_point, axis = _qparams(node, granularity)
     low, high = float(argument(node, "quant_min")), float(argument(node, "quant_max"))
-    problem = zero_point_problem(zero_point)
+    problem = qparams_problem(scale, zero_point)
     if granularity == "per_token" and zero_point is not None:
         problem = "it adds the zero point before it rounds"
     return Quant(node, x, scale, zero_point, low, high, axis=axis, problem=problem)

@@ -112,8 +112,16 @@ def simplified(zero_point: Value | None) -> Value | None:
     return zero_point
 
 
-def zero_point_problem(zero_point: Value | None) -> str:
-    """Why `zero_point` cannot be an integer operand, or ''. What int8 can hold is all that int32 sums have room for."""
+def is_symbolic(value: Any) -> bool:
+    """Whether `value` is a node for a symbolic number, such as a size, and not for a tensor."""
+    return isinstance(value, Node) and not isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def qparams_problem(scale: Value, zero_point: Value | None) -> str:
+    """Why a scale and a zero point cannot be operands, or ''. What int8 can hold of a zero point is all that int32 sums have room for."""
+    for name, value in (("scale", scale), ("zero point", zero_point)):
+        if is_symbolic(value):
+            return f"its {name} {value} is a symbolic number"
     if isinstance(zero_point, Node):
         return f"its zero point {zero_point.name} is {val(zero_point).dtype}, not an integer" if val(zero_point).is_floating_point() else ""
     if zero_point is not None and zero_point not in range(reference.INT8_MIN, reference.INT8_MAX + 1):
