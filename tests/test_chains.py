@@ -262,6 +262,24 @@ def test_int8_linears_of_one_input_quantize_it_once(device: str, mapping: Mappin
     torch.testing.assert_close(compiled.output, want, rtol=1e-4, atol=float(module.o.weight_scale.max()) * 127 * 0.03)
 
 
+def test_int8_linears_in_plain_cpp() -> None:
+    """The same through Inductor's C++ for the CPU; M = 1 and N = 1 among them."""
+    module = nn.Sequential(linear_cases.make(12, 8), nn.GELU(), linear_cases.make(8, 1, act_mapping_type=MappingType.ASYMMETRIC), nn.Flatten(0))
+    inputs = [linear_cases.randn(2, 5, 12), linear_cases.randn(1, 12)]
+
+    def fn(inputs: list[Tensor]) -> list[Tensor]:
+        return [module(x) for x in inputs]
+
+    with torch.no_grad():
+        want = fn(inputs)
+    compiled = run(fn, inputs, cpu_backend="cpp")
+    compiled.check_report(linear={"rewritten": 4}, quant={"feeds": 4}, dequant={"rewritten": 8})
+    assert compiled.kernels == []
+    assert {entry.kernel for entry in compiled.report.linears} == {"aten._int_mm"}
+    for mine, eager in zip(compiled.output, want, strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 def test_int8_linear_in_every_scheme(device: str, scheme: dict[str, Any]) -> None:
     layer = linear_cases.make(K, N, **scheme)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,3 +202,34 @@ def test_arithmetic_in_half_precision(device: str, dtype: torch.dtype) -> None:
     compiled.check_report(linear={"rewritten": 1}, quant={"left": 1}, dequant={"rewritten": 2})
     check_float(compiled.output[0], linear64(q, w, scale, w_scale, None, None, bias))
     assert int((compiled.output[1].int() - q.int()).abs().max()) <= 1  # bfloat16 has 8 bits, so x / scale is a step off at most
+
+
+# Spellings that no dialect has for itself -----------------------------------------------------------------------------------------
+
+W, W_SCALE, BIAS = weight()
+SCALE = torch.tensor([0.02])
+
+SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
+    "constants in the graph": lambda q: F.linear((q.float() - torch.tensor([3])) * torch.tensor([0.02]), W.float() * W_SCALE),
+    "constants without dimensions": lambda q: F.linear((q.float() - torch.tensor(3)) * torch.tensor(0.02), W.float() * W_SCALE),
+    "filled tensors": lambda q: F.linear((q.float() - torch.full((1, 1), 3)) * torch.full((1,), 0.02), W.float() * W_SCALE),
+    "zeros": lambda q: F.linear((q.float() - torch.zeros(1, dtype=torch.int64)) * SCALE, W.float() * W_SCALE),
+    "a uint8 zero point": lambda q: F.linear((q.float() - torch.tensor([200], dtype=torch.uint8)) * SCALE, W.float() * W_SCALE),
+    "a zero point that a cast changes": lambda q: F.linear((q.float() - torch.tensor([300]).to(torch.int8)) * SCALE, W.float() * W_SCALE),
+    "in place": lambda q: F.linear(q.float().sub_(3).mul_(SCALE), W.float() * W_SCALE, BIAS).relu_(),
+    "weight on the left": lambda q: torch.mm(W.float() * W_SCALE, (q.float() * SCALE).t()),
+    "a part of the input": lambda q: F.linear(q[1:, :].float() * SCALE, W.float() * W_SCALE),
+    "joined weights": lambda q: F.linear(q.float() * SCALE, torch.cat([W, W]).float() * torch.cat([W_SCALE, W_SCALE])),
+    "a residual of one row": lambda q: F.relu(F.linear(q[:1].float() * SCALE, W.float() * W_SCALE) + BIAS.reshape(1, N).sin()),
+    "one row, twice": lambda q: (lambda y: y + y)(F.linear(q[:1].float() * SCALE, W.float() * W_SCALE)),
+    "one scale for the weight": lambda q: F.linear(q.float() * SCALE, W.float() * SCALE),
+    "int16 steps": lambda q: F.linear((q.to(torch.int16) - 7).float() * SCALE, W.float() * W_SCALE),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str) -> None:
+    fn, q = SPELLINGS[name], int8(M, K, seed=5)
+    compiled = run(fn, q)
+    compiled.check_report(linear={"rewritten": 1}, dequant={"rewritten": 2})
+    torch.testing.assert_close(compiled.output, fn(q), rtol=1e-5, atol=1e-5)
