@@ -53,9 +53,9 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 def resolve(preference: KernelPreference, device: torch.device) -> KernelPreference:
     """TRITON or TORCH for a preference and a device. KernelPreferenceError where the preference cannot be met, or a GPU has no triton."""
-    why_not = _why_not_triton(device)
     if preference is KernelPreference.TORCH:
         return preference
+    why_not = _why_not_triton(device)
     if why_not is None:
         return KernelPreference.TRITON
     if preference is KernelPreference.TRITON:

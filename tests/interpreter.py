@@ -76,6 +76,8 @@ _LIBDEVICE = {
     "floor": np.floor,
     "ceil": np.ceil,
     "trunc": np.trunc,
+    "sin": np.sin,
+    "cos": np.cos,
     "isnan": np.isnan,
     "isinf": np.isinf,
 }

@@ -340,3 +340,31 @@ def test_training_through_int8_linears(static: bool) -> None:
         torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-6)
     left = {entry.reason for entry in compiled.report.linears if entry.status == "left"}
     assert left == ({"its weight is dequantized from int8 and its activation is not"} if not static else set()), f"\n{compiled.report}"
+
+
+# What else reads the linear's result ----------------------------------------------------------------------------------------------
+
+
+OTHER_READERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "an activation": lambda y, bias: F.gelu(y),
+    "an activation behind a view": lambda y, bias: F.gelu(y.reshape(6, N)),
+    "a bias behind a view": lambda y, bias: y.reshape(6, N) + bias,
+    "a cast behind a view": lambda y, bias: y.reshape(6, N).to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_READERS)
+def test_a_result_with_another_reader_is_computed_once(name: str) -> None:
+    """Folding would multiply twice: the float result is stored, and what follows stays behind it."""
+    w, w_scale, bias = weight()
+    q, scale = int8(2, 3, K, seed=5), torch.tensor([0.02])
+
+    def fn(q: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.linear(q.float() * scale, w.float() * w_scale)
+        return OTHER_READERS[name](y, bias), y.cos()
+
+    compiled = run(fn, q)
+    assert_fused(compiled, 1, feeding=0)
+    assert [entry.epilogue for entry in compiled.report.linears] == ["scales"]
+    for mine, eager in zip(compiled.output, fn(q), strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-5)

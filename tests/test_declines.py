@@ -310,21 +310,29 @@ def test_a_symbolic_k() -> None:
     torch.testing.assert_close(compiled.output.double(), linear64(Q, W, SCALE, W_SCALE).value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "fn", "kind", "reason"),
-    [
-        ("scale", lambda q: F.linear(q.float() * q.shape[0], wide()), "linear", r"mul\w* is no .*: its scale \w+ is a symbolic number"),
-        ("zero point", lambda q: F.linear((q.float() - q.shape[0]) * SCALE, wide()), "linear", r"mul\w* is no .*: its zero point \w+ is a symbolic .*"),
-        ("out scale", lambda q: to_int8(torch.round(F.linear(q.float() * SCALE, wide()) / q.shape[0])), "quant", r"its scale \w+ is a symbolic number"),
-        (
-            "out zero point",
-            lambda q: to_int8(torch.round(F.linear(q.float() * SCALE, wide()) / OUT) + q.shape[0]),
-            "quant",
-            r"its zero point \w+ is a symbolic number",
-        ),
-    ],
-)
-def test_sizes_as_scales_and_zero_points(name: str, fn: Callable[[Tensor], Tensor], kind: str, reason: str) -> None:
+SIZES: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "scale": (lambda q: F.linear(q.float() * q.shape[0], wide()), "linear", r"mul\w* is no .*: its scale \w+ is a symbolic number"),
+    "zero point": (
+        lambda q: F.linear((q.float() - q.shape[0]) * SCALE, wide()),
+        "linear",
+        r"mul\w* is no .*: its zero point \w+ is a symbolic number",
+    ),
+    "out scale": (
+        lambda q: to_int8(torch.round(F.linear(q.float() * SCALE, wide()) / q.shape[0])),
+        "quant",
+        r"its scale \w+ is a symbolic number",
+    ),
+    "out zero point": (
+        lambda q: to_int8(torch.round(F.linear(q.float() * SCALE, wide()) / OUT) + q.shape[0]),
+        "quant",
+        r"its zero point \w+ is a symbolic number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_as_scales_and_zero_points(name: str) -> None:
+    fn, kind, reason = SIZES[name]
     q = Q.clone()
     torch._dynamo.mark_dynamic(q, 0)
     compiled = run(fn, q)

@@ -17,7 +17,7 @@ from .encoder import Batch
 __all__ = ["STRENGTH", "SmoothedLinear", "smooth_"]
 
 STRENGTH = 0.85
-"""The paper's alpha: how much of the unevenness goes to the weight, whose scales are per row. 0.8 to 0.9 serve MiniLM best."""
+"""The paper's alpha: how much of the unevenness goes to the weight, whose scales are per row. Around 0.85 serves MiniLM best."""
 SMALLEST = 1e-5
 
 

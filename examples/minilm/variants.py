@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from int8_inductor import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, calibrate, explain, quantize_
+from int8_inductor import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, MappingType, calibrate, explain, quantize_
 
 from .encoder import Batch, SentenceEncoder
 from .smooth import smooth_
@@ -66,12 +66,16 @@ def _count_linears(module: nn.Module) -> int:
 
 
 def quantized(encoder: SentenceEncoder, calibration: list[Batch]) -> dict[str, SentenceEncoder]:
-    """The int8 encoders by name; `encoder` stays as it is. One static scale for each input needs inputs without outliers, hence `smooth_`."""
+    """The int8 encoders by name; `encoder` stays as it is.
+
+    One static scale for all tokens needs more care than a scale for each: inputs without outliers, hence `smooth_`, and all 256 steps spent on values
+    that occur, hence ASYMMETRIC, as GELU gives next to nothing below zero.
+    """
     dynamic = copy.deepcopy(encoder)
     quantize_(dynamic, Int8DynamicActivationInt8WeightConfig())
     static = copy.deepcopy(encoder)
     smooth_(static, calibration)
-    quantize_(static, Int8StaticActivationInt8WeightConfig())
+    quantize_(static, Int8StaticActivationInt8WeightConfig(act_mapping_type=MappingType.ASYMMETRIC))
     calibrate(static, calibration)
     return {DYNAMIC: dynamic, STATIC: static}
 
