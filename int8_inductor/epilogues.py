@@ -60,6 +60,7 @@ def _horner(coefficients: tuple[float, ...], variable: str) -> str:
     return text
 
 
+# fast_dividef (2 ulp, where the divisor is below 2^126) is a reciprocal and a product; Triton's `/` guards its range with three instructions more.
 _SQRT_HALF = math.sqrt(0.5)
 _LOG2_E = math.log2(math.e)
 
@@ -77,18 +78,18 @@ GELU = Epilogue(
     F.gelu,
     f"y = 0.5 * x * (1.0 + libdevice.erf(x * {_SQRT_HALF!r}))",
     f"""u = tl.minimum(tl.abs(x), {GELU_FIT_LIMIT})
-y = x / (1.0 + tl.exp2(-x * ({_horner(GELU_FIT, "u")})))""",
+y = libdevice.fast_dividef(x, 1.0 + tl.exp2(-x * ({_horner(GELU_FIT, "u")})))""",
     spellings=(_gelu_erf_by_hand,),
 )
 # 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u)), exactly, and without cancellation for negative u.
 GELU_TANH = Epilogue(
     "gelu_tanh",
     lambda x: F.gelu(x, approximate="tanh"),
-    f"y = x / (1.0 + tl.exp2({-2.0 * _LOG2_E * math.sqrt(2.0 / math.pi)!r} * (x + 0.044715 * x * x * x)))",
+    f"y = libdevice.fast_dividef(x, 1.0 + tl.exp2({-2.0 * _LOG2_E * math.sqrt(2.0 / math.pi)!r} * (x + 0.044715 * x * x * x)))",
     spellings=(_gelu_new,),
 )
 # NaN compares false, so it passes through, as in eager.
 RELU = Epilogue("relu", F.relu, "y = tl.where(x < 0.0, 0.0, x)")
-SILU = Epilogue("silu", F.silu, f"y = x / (1.0 + tl.exp2({-_LOG2_E!r} * x))", spellings=(_silu_by_hand,))
+SILU = Epilogue("silu", F.silu, f"y = libdevice.fast_dividef(x, 1.0 + tl.exp2({-_LOG2_E!r} * x))", spellings=(_silu_by_hand,))
 
 EPILOGUES: dict[str, Epilogue] = {e.name: e for e in (NONE, GELU, GELU_TANH, RELU, SILU)}

@@ -26,6 +26,7 @@ from ._compat import select_choice, size_hint
 from .explain import record_kernel
 from .kernels import KernelPreference, parse, resolve
 from .templates import TEMPLATES
+from .templates.problem import INTERPRETER, Device, Problem
 from .templates.tail import COLUMN, CONSTANT, ROW, SCALAR, Indexing, Tail
 
 aten = torch.ops.aten
@@ -37,6 +38,9 @@ _OPERAND_ORDER = ("a_scale", "b_scale", "a_zero_point", "b_zero_point", "bias", 
 # cuBLASLt's int8 product wants M > 16 and N and K in multiples of 8.
 _INT_MM_MIN_M = 17
 _INT_MM_MULTIPLE = 8
+
+TMA_ALIGNMENT = 16
+"""Bytes (and int8 elements) that a tensor descriptor's strides and base address are multiples of."""
 
 
 def _cuda_padding(m: Any, n: Any, k: Any) -> tuple[Any, Any, Any]:
@@ -141,11 +145,27 @@ def _as_operand(name: str, box: Any) -> tuple[Indexing, Any]:
     return (ROW if name in _ROW_OPERANDS else COLUMN), vector
 
 
-def _shared_memory_limit(device: torch.device) -> int:
+def _device(device: torch.device) -> Device:
     if device.type == "cpu":
-        return 2**31  # the interpreter has no shared memory
+        return INTERPRETER
     properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma=properties.major >= 9)
+
+
+def _fits_tma(matrix: Any) -> bool:
+    """Whether a tensor descriptor can name an int8 matrix, whatever its symbolic sizes are: 16-byte steps from row to row, and to the first."""
+    sizevars, (row, step), columns = V.graph.sizevars, matrix.get_stride(), matrix.get_size()[1]
+    multiples = all(sizevars.statically_known_multiple_of(each, TMA_ALIGNMENT) for each in (row, columns, matrix.get_layout().offset))
+    rows_apart = sizevars.statically_known_geq(row, columns)
+    # Inductor promises nothing of a CPU's memory, and the interpreter asks nothing of it.
+    aligned = matrix.get_device().type == "cpu" or matrix.get_name() not in V.graph.unaligned_buffers
+    return multiples and rows_apart and aligned and _is_one(step)
+
+
+def _problem(a: Any, b: Any) -> Problem:
+    (m, k), n = a.get_size(), b.get_size()[0]
+    static_k = int(k) if isinstance(k, (int, sympy.Integer)) else None
+    return Problem(size_hint(m), size_hint(n), size_hint(k), static_k, tma=_fits_tma(a) and _fits_tma(b))
 
 
 def _lower_triton(
@@ -154,7 +174,7 @@ def _lower_triton(
     from torch._inductor import config as inductor_config
 
     a, b = realize_inputs(_computed_once(a)), realize_inputs(_computed_once(b))
-    (m, k), n = a.get_size(), b.get_size()[0]
+    m, n = a.get_size()[0], b.get_size()[0]
     device = a.get_device()
     indexings: dict[str, Indexing] = {}
     literals: dict[str, str] = {}
@@ -177,14 +197,14 @@ def _lower_triton(
         mutated = [realize_inputs(scales)]
         inputs += mutated
     layout = ir.FixedLayout(device, dtype, [m, n])
-    static_k = int(k) if isinstance(k, (int, sympy.Integer)) else None
+    problem, gpu = _problem(a, b), _device(device)
     choices: list[Any] = []
     thorough = bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
     for module in TEMPLATES:
-        hints = (size_hint(m), size_hint(n), size_hint(k))
-        for config in module.candidates(hints, _shared_memory_limit(device), tail, thorough=thorough):
+        for config in module.candidates(problem, gpu, tail, thorough=thorough):
+            constants = literals | module.constants(config, problem, gpu)
             declined = module.template(tail).maybe_append_choice(
-                choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=mutated or None, **literals, **module.constants(config, static_k)
+                choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=mutated or None, **constants
             )
             if declined is not None:
                 raise declined
@@ -229,9 +249,7 @@ def _lower_scaled_mm(
     operands = _present((a_scale, b_scale, a_zero_point, b_zero_point, bias, out_scale, out_zero_point))
     dtype = torch.int8 if out_scale is not None else out_dtype or torch.float32
     if _kernel(kernel_preference, a) is KernelPreference.TRITON:
-        return _lower_triton(
-            "int8_scaled_mm", a, b, operands, dtype, activation=activation, out_quant_min=out_quant_min, block_size=None
-        )
+        return _lower_triton("int8_scaled_mm", a, b, operands, dtype, activation=activation, out_quant_min=out_quant_min, block_size=None)
 
     def eager(*, out_scale: Tensor | None = None, out_zero_point: Tensor | None = None, **linear: Any) -> Tensor:
         y = ops.linear_eager(**linear, activation=activation, int_mm=_padded_int_mm)

@@ -54,12 +54,12 @@ class InterpreterDriver:
 def _on_numpy(fn: Any) -> Any:
     """libdevice functions are empty under the interpreter; compute them with NumPy."""
 
-    def call(x: Any, *_: Any, **__: Any) -> Any:
+    def call(x: Any, *others: Any, **_: Any) -> Any:
         if not isinstance(x, tl.tensor):
             return fn(x)
-        data = x.handle.data
+        data = [each.handle.data for each in (x, *others) if isinstance(each, tl.tensor)]
         with np.errstate(all="ignore"):
-            return tl.core.tensor(TensorHandle(fn(data).astype(data.dtype), x.handle.dtype), x.type)
+            return tl.core.tensor(TensorHandle(fn(*data).astype(data[0].dtype), x.handle.dtype), x.type)
 
     return call
 
@@ -80,6 +80,7 @@ _LIBDEVICE = {
     "cos": np.cos,
     "isnan": np.isnan,
     "isinf": np.isinf,
+    "fast_dividef": np.divide,
 }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,17 +14,20 @@ from machine_code import ARCHITECTURES, Job, MachineCode, compile_all, generated
 from support import run
 from torch import Tensor
 
-from int8_inductor import ops
+from int8_inductor import lowering, ops
 from int8_inductor._compat import triton_version
-from int8_inductor.templates import tiled
+from int8_inductor.templates import TEMPLATES, persistent, tiled
+from int8_inductor.templates.persistent import PersistentConfig
+from int8_inductor.templates.problem import Device, Problem
 from int8_inductor.templates.tail import COLUMN, ROW, SCALAR, Tail
-from int8_inductor.templates.tiled import CONFIGS, TiledConfig, is_legal
+from int8_inductor.templates.tiled import CONFIGS, TiledConfig
 
 ESTIMATED = tuple(map(int, triton_version().split(".")[:2])) < (3, 8)
 """Whether TiledConfig.registers was made for this Triton. 3.9 takes more registers before Hopper; there, autotuning leaves out what spills."""
 THOROUGH = os.environ.get("INT8_INDUCTOR_HYPOTHESIS_PROFILE", "ci") == "thorough"
-RENDERED = TiledConfig(16, 128, 128, 3, 4)
-"""The config with which the kernels are generated; the others differ from it in constants alone."""
+RENDERED = {tiled: TiledConfig(16, 128, 128, 3, 4), persistent: PersistentConfig(16, 128, 128, 3, 4, programs=1, flatten=False)}
+"""The config with which a template's kernels are generated; the others differ from it in constants alone."""
+DEVICES = {capability: Device(limit, 132, tma=capability >= 90) for capability, limit in ARCHITECTURES.items()}
 N = 256
 LENGTHS = {16: 4096, 8: 4104, 4: 4100, 2: 4098, 1: 4093}
 """K for each alignment of the rows, in bytes."""
@@ -42,36 +45,55 @@ def _blocks(a: Tensor, b: Tensor, a_scale: Tensor, row: Tensor, one: Tensor, zer
     return ops.scaled_mm_block_quant(a, b, a_scale, row, bias=row, activation="gelu_tanh")
 
 
+def _single(a: Tensor, b: Tensor, a_scale: Tensor, row: Tensor, one: Tensor, zero_point: Tensor) -> Tensor:
+    return ops.scaled_mm(a, b, a_scale, row, bias=row)
+
+
+def _half(a: Tensor, b: Tensor, a_scale: Tensor, row: Tensor, one: Tensor, zero_point: Tensor) -> Tensor:
+    return ops.scaled_mm(a, b, a_scale, row, bias=row, out_dtype=torch.float16)
+
+
 TAILS = {
     "bias, gelu and static int8": (_gelu, Tail(ROW, COLUMN, bias=COLUMN, out_scale=SCALAR, activation="gelu", out_quant_min=-127, fast=True)),
     "zero point, bias, silu and bfloat16": (_zero_point, Tail(ROW, COLUMN, a_zero_point=ROW, bias=COLUMN, activation="silu", fast=True)),
     "bias, gelu_tanh and int8 in blocks": (_blocks, Tail(ROW, COLUMN, bias=COLUMN, activation="gelu_tanh", block_size=128, fast=True)),
+    "bias and float32": (_single, Tail(ROW, COLUMN, bias=COLUMN)),
+    "bias and float16": (_half, Tail(ROW, COLUMN, bias=COLUMN, fast=True)),
 }
-GELU, ZERO_POINT, BLOCKS = TAILS
+GELU, ZERO_POINT, BLOCKS, SINGLE, HALF = TAILS
 FEW = (TiledConfig(64, 128, 128, 3, 4), TiledConfig(128, 128, 64, 4, 8), TiledConfig(16, 64, 256, 4, 4))
+
+
+def problem(copy_bytes: int) -> Problem:
+    """A product whose rows begin at multiples of copy_bytes."""
+    k = LENGTHS[copy_bytes]
+    return Problem(8192, N, k, k, tma=copy_bytes == 16)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel: what follows the product, the alignment of its rows, and the config."""
+    """A kernel: what follows the product, the alignment of its rows, and the config of a template."""
 
     tail: str
     copy_bytes: int
-    config: TiledConfig
+    config: TiledConfig | PersistentConfig
+    template: ModuleType = tiled
 
     def is_legal(self, capability: int) -> bool:
-        return is_legal(self.config, ARCHITECTURES[capability], TAILS[self.tail][1], self.copy_bytes)
+        legal: bool = self.template.is_legal(self.config, problem(self.copy_bytes), DEVICES[capability], TAILS[self.tail][1])
+        return legal
 
 
 def cases(capability: int) -> Iterator[Case]:
     """The kernels to build for an architecture: all, or, in CI, each config at least for one before Hopper and for Hopper."""
     if THOROUGH:
-        yield from (Case(tail, width, config) for tail in TAILS for width in LENGTHS for config in CONFIGS)
+        yield from (Case(tail, width, config, each) for tail in TAILS for width in LENGTHS for each in TEMPLATES for config in each.CONFIGS)
         return
     main = {80: (ZERO_POINT, CONFIGS), 90: (GELU, CONFIGS)}.get(capability, (GELU, FEW))
     yield from (Case(main[0], 16, config) for config in main[1])
     if capability in (80, 90):
         yield from (Case(BLOCKS, 16, config) for config in (FEW[0], CONFIGS[0]))
+    yield from (Case(tail, 16, config, persistent) for tail in (GELU, SINGLE, HALF) for config in persistent.CONFIGS)
     if capability == 80:
         yield from (Case(ZERO_POINT, width, config) for width in (8, 4, 2, 1) for config in tightest(width))
 
@@ -79,34 +101,35 @@ def cases(capability: int) -> Iterator[Case]:
 def tightest(copy_bytes: int) -> list[TiledConfig]:
     """The two legal configs that the estimate gives most registers."""
     tail = TAILS[ZERO_POINT][1]
-    legal = [config for config in CONFIGS if is_legal(config, ARCHITECTURES[80], tail, copy_bytes)]
+    legal = [config for config in CONFIGS if tiled.is_legal(config, problem(copy_bytes), DEVICES[80], tail)]
     return sorted(legal, key=lambda config: config.registers(tail, copy_bytes))[-2:]
 
 
-def render(tail: str, copy_bytes: int, config: TiledConfig) -> str:
-    """The kernel that Inductor generates with `config`, for any M, through the interpreter."""
+def render(tail: str, copy_bytes: int, config: TiledConfig | PersistentConfig, template: ModuleType) -> str:
+    """The kernel that Inductor generates with `config` of `template`, for any M, through the interpreter."""
     k = LENGTHS[copy_bytes]
     a, b = torch.zeros(2, k, dtype=torch.int8), torch.zeros(N, k, dtype=torch.int8)
     inputs = (a, b, torch.ones(2, 1), torch.ones(N), torch.ones(1), torch.zeros(2, 1, dtype=torch.int8))
     for each in (inputs[0], inputs[2], inputs[5]):
         torch._dynamo.mark_dynamic(each, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "candidates", lambda *args, **kwargs: [config])
+        patch.setattr(lowering, "TEMPLATES", (template,))
+        patch.setattr(template, "candidates", lambda *args, **kwargs: [config])
         return generated_kernel(run(TAILS[tail][0], *inputs).code[0])
 
 
 @pytest.fixture(scope="session")
-def rendered() -> dict[tuple[str, int], str]:
-    """Kernels generated so far, by tail and alignment."""
+def rendered() -> dict[tuple[str, int, ModuleType], str]:
+    """Kernels generated so far, by tail, alignment and template."""
     return {}
 
 
-def text(case: Case, rendered: dict[tuple[str, int], str]) -> str:
+def text(case: Case, rendered: dict[tuple[str, int, ModuleType], str]) -> str:
     """The kernel of `case`."""
-    key = case.tail, case.copy_bytes
+    key = case.tail, case.copy_bytes, case.template
     if key not in rendered:
-        rendered[key] = render(*key, RENDERED)
-    constants = tiled.constants(case.config, LENGTHS[case.copy_bytes])
+        rendered[key] = render(case.tail, case.copy_bytes, RENDERED[case.template], case.template)
+    constants = case.template.constants(case.config, problem(case.copy_bytes), DEVICES[90])
     return with_constants(rendered[key], **{name: value for name, value in constants.items() if not name.startswith("num_")})
 
 
@@ -114,6 +137,8 @@ def problems(case: Case, capability: int, code: MachineCode) -> Iterator[str]:
     """What is wrong with a kernel's machine code."""
     if code.shared > ARCHITECTURES[capability]:
         yield f"shared memory {code.shared} exceeds {ARCHITECTURES[capability]}"
+    if isinstance(case.config, PersistentConfig) and code.shared > case.config.shared_memory(TAILS[case.tail][1]) + 64:
+        yield f"shared memory {code.shared} is more than estimated"
     if ESTIMATED and (code.loop_spills or code.stack > 64):
         yield f"{code.stack} bytes of registers spilled, {code.loop_spills} accesses to them in the main loop"
     wanted = instructions(case, capability)
@@ -131,7 +156,7 @@ def instructions(case: Case, capability: int) -> str:
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_machine_code(capability: int, rendered: dict[tuple[str, int], str]) -> None:
+def test_machine_code(capability: int, rendered: dict[tuple[str, int, ModuleType], str]) -> None:
     legal = [case for case in cases(capability) if case.is_legal(capability)]
     assert len(legal) >= len(FEW)
     jobs = [Job(text(case, rendered), case.config.num_warps, case.config.num_stages, capability) for case in legal]
@@ -140,33 +165,39 @@ def test_machine_code(capability: int, rendered: dict[tuple[str, int], str]) -> 
     assert not found, "\n".join(found)
 
 
-def test_constants_are_all_that_configs_differ_in(rendered: dict[tuple[str, int], str]) -> None:
+def test_constants_are_all_that_configs_differ_in(rendered: dict[tuple[str, int, ModuleType], str]) -> None:
     """Setting the constants in a generated kernel's text gives the body that Inductor generates with that config."""
-    config = TiledConfig(32, 64, 256, 4, 4)
-    mine = text(Case(GELU, 16, config), rendered)
-    theirs = render(GELU, 16, config)
+    case = Case(GELU, 16, TiledConfig(32, 64, 256, 4, 4))
+    mine = text(case, rendered)
+    theirs = render(GELU, 16, case.config, case.template)
     body = [each[each.index("@triton.jit") :] for each in (mine, theirs)]
     assert body[0] == body[1]
 
 
-def test_a_config_that_would_spill_is_not_legal(rendered: dict[tuple[str, int], str]) -> None:
+def test_a_config_that_would_spill_is_not_legal(rendered: dict[tuple[str, int, ModuleType], str]) -> None:
     """The largest tiles with rows of odd length: not legal, and rightly so."""
-    case = Case(ZERO_POINT, 1, CONFIGS[0])
+    case = Case(ZERO_POINT, 1, TiledConfig(128, 256, 128, 3, 8))
     assert not case.is_legal(80)
     (code,) = compile_all([Job(text(case, rendered), case.config.num_warps, case.config.num_stages, 80)])
     assert code.loop_spills > 0
 
 
 def test_a_config_that_takes_too_much_shared_memory_is_not_legal() -> None:
-    assert [config.shared_memory() <= 99 * 1024 for config in (TiledConfig(128, 256, 128, 3, 8), TiledConfig(64, 128, 128, 4, 4))] == [False, True]
-    tail = TAILS[GELU][1]
-    assert [is_legal(TiledConfig(128, 256, 128, 3, 8), limit, tail) for limit in (99 * 1024, 163 * 1024)] == [False, True]
+    sm_86, sm_80, tail = DEVICES[86], DEVICES[80], TAILS[GELU][1]
+    assert [config.shared_memory() <= sm_86.shared_memory for config in (TiledConfig(128, 256, 128, 3, 8), TiledConfig(64, 128, 128, 4, 4))] == [
+        False,
+        True,
+    ]
+    assert [tiled.is_legal(TiledConfig(128, 256, 128, 3, 8), problem(16), device, tail) for device in (sm_86, sm_80)] == [False, True]
+    twice = PersistentConfig(128, 128, 128, 3, 4, programs=2, flatten=True)
+    assert [persistent.is_legal(twice, problem(16), DEVICES[capability], tail) for capability in (80, 90, 120)] == [False, True, False]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 6, 8, 12, 16, 100, 4093, 4096])
 @pytest.mark.parametrize("tail", TAILS)
 def test_some_config_is_legal_for_every_length_of_rows(k: int, tail: str) -> None:
-    for limit in ARCHITECTURES.values():
-        chosen = tiled.candidates((64, N, k), limit, TAILS[tail][1], thorough=True)
+    for device in DEVICES.values():
+        product = Problem(64, N, k, k, tma=False)
+        chosen = tiled.candidates(product, device, TAILS[tail][1], thorough=True)
         assert chosen
-        assert all(config.registers(TAILS[tail][1], math.gcd(k, 16)) <= tiled.MAX_REGISTERS for config in chosen)
+        assert all(tiled.is_legal(config, product, device, TAILS[tail][1]) for config in chosen)

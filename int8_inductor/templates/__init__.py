@@ -1,5 +1,9 @@
-"""TEMPLATES: the Triton main loops that scaled_mm can lower to. One module each; the tail they share is in tail.py."""
+"""TEMPLATES: the Triton main loops that scaled_mm can lower to. One module each; the tail they share is in tail.py.
 
-from . import tiled
+A module has CONFIGS; `is_legal(config, problem, device, tail)`; `candidates(problem, device, tail, thorough=)`, the configs worth timing;
+`constants(config, problem, device)`, a config as launch constants; and `template(tail)`, the TritonTemplate.
+"""
 
-TEMPLATES = (tiled,)
+from . import persistent, tiled
+
+TEMPLATES = (tiled, persistent)

@@ -15,7 +15,7 @@ from typing import Any
 from .. import reference
 from ..epilogues import EPILOGUES
 
-__all__ = ["COLUMN", "CONSTANT", "ROW", "SCALAR", "Indexing", "Tail"]
+__all__ = ["COLUMN", "CONSTANT", "ROW", "SCALAR", "Indexing", "Tail", "indented"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ SCALAR = Indexing("scalar", "tl.load({0})")
 ROW = Indexing("row", 'tl.load({0} + ram * {{{{stride("{0}", 0)}}}})[:, None]')
 COLUMN = Indexing("column", 'tl.load({0} + rbn * {{{{stride("{0}", 0)}}}})[None, :]')
 CONSTANT = Indexing("constant", "tl.full((), {0}, tl.float32)", is_argument=False)
+
+
+def indented(lines: list[str], spaces: int) -> str:
+    """Statements as text, each line `spaces` further in."""
+    return "\n".join(" " * spaces + line for line in lines)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ class Tail:
         """Names of the kernel arguments, after A and B."""
         names = [name.upper() for name, indexing in self.operands().items() if indexing.is_argument]
         return names + (["BLOCK_SCALES"] if self.block_size else [])
+
+    def signature(self) -> str:
+        """The kernel's arguments, as def_kernel takes them."""
+        return ", ".join(f'"{name}"' for name in ("A", "B", *self.arguments()))
 
     def name(self) -> str:
         """A name for the kernel that says what the tail does, unique to it."""
@@ -115,11 +124,15 @@ class Tail:
         return [*lines, *((epilogue.triton_fast if self.fast else "") or epilogue.triton).splitlines()]
 
     def _round_lines(self) -> list[str]:
-        """Steps `t` to a float that int8 holds exactly: NaN is zero, round half to even, shift, saturate."""
-        lines = ["t = libdevice.rint(tl.where(t == t, t, 0.0))"]
+        """Steps `t` to the int8 tile `y`: NaN is zero, round half to even, shift, saturate.
+
+        A float added to 1.5 * 2^23 is rounded to an integer, whose low byte is the float's own: no conversion, of which a GPU does a quarter as many.
+        """
+        lines = ["t = tl.where(t == t, t, 0.0)"]
         if self.out_zero_point:
-            lines.append(f"t += {self._load('out_zero_point')}.to(tl.float32)")
-        return [*lines, f"y = tl.minimum(tl.maximum(t, {float(self.out_quant_min)}), {float(reference.INT8_MAX)})"]
+            lines.append(f"t = libdevice.rint(t) + {self._load('out_zero_point')}.to(tl.float32)")
+        lines.append(f"t = tl.minimum(tl.maximum(t, {float(self.out_quant_min)}), {float(reference.INT8_MAX)})")
+        return [*lines, f"y = (t + {1.5 * 2.0**23}).to(tl.int32, bitcast=True).to(tl.int8)"]
 
     def _block_lines(self) -> list[str]:
         size = self.block_size
@@ -138,13 +151,14 @@ class Tail:
             *self._round_lines(),
         ]
 
-    def source(self) -> str:
-        """The text from `dot` to the store, indented for a kernel body."""
+    def source(self, indent: int) -> str:
+        """The text from `dot` to the store, `indent` spaces into a kernel's body."""
         lines = self._accumulator_lines()
         if self.out_scale:
             lines += [f"t = y * (1.0 / {self._load('out_scale')})", *self._round_lines()]
         if self.block_size:
             lines += self._block_lines()
         lines += ["idx_m = rm[:, None]", "idx_n = rn[None, :]", "mask = (idx_m < M) & (idx_n < N)"]
-        lines.append('{{store_output(("idx_m", "idx_n"), "y", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}')
-        return "\n".join("    " + line for line in lines)
+        store = f'("idx_m", "idx_n"), "y", "mask", indent_width={indent}, val_shape=("BLOCK_M", "BLOCK_N")'
+        lines.append(f"{{{{store_output({store})}}}}")
+        return indented(lines, indent)

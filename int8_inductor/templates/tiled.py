@@ -9,7 +9,8 @@ import functools
 import math
 from dataclasses import dataclass
 
-from .tail import Tail
+from .problem import TILE_ORDER, Device, Problem, tiles
+from .tail import Tail, indented
 
 __all__ = ["CONFIGS", "TiledConfig", "is_legal", "template"]
 
@@ -41,19 +42,19 @@ class TiledConfig:
         return accumulators + 3 * copies + 60 + (20 if tail.loop_lines() else 0)
 
 
-# Best guesses first, large M before decode. On an H200 the big tiles win where K is long; at K = 768 the small ones do, several of which share a
-# multiprocessor, so that one's epilogue overlaps another's main loop.
+# Best guesses first, large M before decode. On an H200 tiles of which several share a multiprocessor win, as one's epilogue overlaps another's main
+# loop: 128 x 128 x 128 with 3 stages and 4 warps fits twice (8192 cubed: 828 us, against 979 for 128 x 256), 64 x 128 x 128 three times (K = 768).
 CONFIGS = (
-    TiledConfig(128, 256, 128, 3, 8),
+    TiledConfig(128, 128, 128, 3, 4),
+    TiledConfig(64, 128, 128, 3, 4),
+    TiledConfig(128, 128, 128, 3, 8),
     TiledConfig(64, 128, 128, 4, 4),
     TiledConfig(128, 128, 64, 4, 8),
-    TiledConfig(64, 128, 128, 3, 4),
+    TiledConfig(128, 256, 128, 3, 8),
     TiledConfig(256, 128, 128, 3, 8),
-    TiledConfig(128, 128, 128, 4, 8),
     TiledConfig(64, 128, 64, 4, 4),
-    TiledConfig(128, 128, 64, 3, 8),
-    TiledConfig(128, 128, 128, 4, 4),
     TiledConfig(64, 256, 128, 3, 4),
+    TiledConfig(128, 128, 64, 3, 8),
     TiledConfig(64, 64, 128, 5, 4),
     TiledConfig(32, 64, 256, 4, 4),
     TiledConfig(32, 128, 128, 4, 4),
@@ -77,23 +78,19 @@ WASTE = 1.5
 """A config is not timed when its tiles cover this many times the area of the tightest config's."""
 
 
-def is_legal(config: TiledConfig, shared_memory_limit: int, tail: Tail, copy_bytes: int = MAX_COPY_BYTES) -> bool:
-    """Whether `config` can be built, without spilling registers, with that tail on a device with that many bytes of shared memory a block.
-
-    copy_bytes: the largest power of two, up to 16, that divides the rows' length K and so the alignment of every row.
-    """
-    fits = config.shared_memory() <= shared_memory_limit and config.registers(tail, copy_bytes) <= MAX_REGISTERS
+def is_legal(config: TiledConfig, problem: Problem, device: Device, tail: Tail) -> bool:
+    """Whether `config` can be built, without spilling registers, with that tail on that device."""
+    copy_bytes = math.gcd(problem.k, MAX_COPY_BYTES)  # every row begins at a multiple of it
+    fits = config.shared_memory() <= device.shared_memory and config.registers(tail, copy_bytes) <= MAX_REGISTERS
     return fits and (tail.block_size is None or config.block_n % tail.block_size == 0)
 
 
-def candidates(sizes: tuple[int, int, int], shared_memory_limit: int, tail: Tail, *, thorough: bool) -> list[TiledConfig]:
-    """The configs worth timing for (M, N, K): legal, tiles not wasted on M, best guesses first; a few unless `thorough`."""
-    m, n, k = sizes
-    copy_bytes = math.gcd(k, MAX_COPY_BYTES)
-    legal = [config for config in CONFIGS if is_legal(config, shared_memory_limit, tail, copy_bytes)]
+def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[TiledConfig]:
+    """The configs worth timing: legal, tiles not wasted on M, best guesses first; a few unless `thorough`."""
+    legal = [config for config in CONFIGS if is_legal(config, problem, device, tail)]
 
     def padded(config: TiledConfig) -> int:
-        return -(-m // config.block_m) * config.block_m * -(-n // config.block_n) * config.block_n
+        return tiles(problem, config.block_m, config.block_n) * config.block_m * config.block_n
 
     least = min(padded(config) for config in legal)
     useful = [config for config in legal if padded(config) <= WASTE * least]
@@ -105,15 +102,10 @@ _MAIN_LOOP = """
     M = {{{{size("A", 0)}}}}
     N = {{{{size("B", 0)}}}}
     K = {{{{size("A", 1)}}}}
-    pid = tl.program_id(0).to(INDEX_DTYPE)
+    tile = tl.program_id(0).to(INDEX_DTYPE)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
-    # Programs that run together share rows of A and columns of B in L2.
-    width = GROUP_M * grid_n
-    group_id = pid // width
-    group_size = min(grid_m - group_id * GROUP_M, GROUP_M)
-    pid_m = group_id * GROUP_M + (pid % group_size)
-    pid_n = (pid % width) // group_size
+{order}
     rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
     rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
     # Rows past the end read a row that exists; the store leaves them out.
@@ -138,15 +130,15 @@ _MAIN_LOOP = """
 """
 
 
-def _indent(lines: list[str], spaces: int) -> str:
-    return "\n".join(" " * spaces + line for line in lines)
-
-
 def source(tail: Tail) -> str:
     """The template's text with that tail, for Inductor to render."""
-    arguments = ", ".join(f'"{name}"' for name in ("A", "B", *tail.arguments()))
-    loop = _MAIN_LOOP.format(arguments=arguments, init=_indent(tail.init_lines(), 4), loop=_indent(tail.loop_lines(), 8))
-    return loop + tail.source()
+    loop = _MAIN_LOOP.format(
+        arguments=tail.signature(),
+        order=indented(TILE_ORDER.splitlines(), 4),
+        init=indented(tail.init_lines(), 4),
+        loop=indented(tail.loop_lines(), 8),
+    )
+    return loop + tail.source(4)
 
 
 @functools.cache
@@ -158,14 +150,14 @@ def template(tail: Tail):  # type: ignore[no-untyped-def]  # a TritonTemplate; i
     return TritonTemplate(name=f"int8_scaled_mm_{tail.name()}", grid=mm_grid, source=source(tail))
 
 
-def constants(config: TiledConfig, k: int | None) -> dict[str, object]:
-    """The compile-time constants of a launch with K = k (None: symbolic)."""
+def constants(config: TiledConfig, problem: Problem, device: Device) -> dict[str, object]:
+    """The compile-time constants of a launch."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
-        "EVEN_K": k is not None and k % config.block_k == 0,
+        "EVEN_K": problem.static_k is not None and problem.static_k % config.block_k == 0,
         "num_stages": config.num_stages,
         "num_warps": config.num_warps,
     }
