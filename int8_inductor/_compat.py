@@ -21,6 +21,7 @@ __all__ = [
     "CompileError",
     "as_pass_list",
     "check_torch_version",
+    "chosen",
     "compile_region",
     "custom_pass_slot",
     "graph_breaks",
@@ -163,6 +164,12 @@ def select_choice(name: str, choices: list[Any], inputs: list[Any], layout: Any)
 
     result = autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)
     return result[0] if isinstance(result, tuple) else result
+
+
+def chosen(box: Any, choices: list[Any]) -> int:
+    """Which of `choices`, Inductor's TritonTemplateCallers, a TensorBox of select_choice came from."""
+    render = box.data.data.make_kernel_render
+    return next(i for i, choice in enumerate(choices) if choice.make_kernel_render is render)
 
 
 def triton_version() -> str:

@@ -16,6 +16,7 @@ from ._compat import CompileError, compile_region, custom_pass_slot, unchain
 from .choices import with_persistent_quants
 from .kernels import parse
 from .passes import Int8Pass
+from .passes.dialects.decomposed import choose_qparams_per_token
 
 __all__ = ["OptionError", "int8_inductor"]
 
@@ -132,11 +133,14 @@ class _Decompositions(dict[Any, Callable[..., Any]]):
 
 
 def _decompositions() -> _Decompositions:
-    """Inductor's decompositions without those that turn a product with M = 1 into mul and sum."""
+    """Inductor's, less those that turn a product with M = 1 into mul and sum, and one more for an operator whose meta function is wrong."""
     from torch._inductor.decomposition import select_decomp_table
 
     products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
-    return _Decompositions((op, decomposition) for op, decomposition in select_decomp_table().items() if op not in products)
+    table = _Decompositions((op, decomposition) for op, decomposition in select_decomp_table().items() if op not in products)
+    if hasattr(torch.ops.quantized_decomposed, "choose_qparams_per_token"):  # there once torch.ao.quantization was imported
+        table[torch.ops.quantized_decomposed.choose_qparams_per_token.default] = choose_qparams_per_token
+    return table
 
 
 def install_in_stock_inductor() -> None:

@@ -22,10 +22,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import ops
-from ._compat import select_choice, size_hint
+from ._compat import size_hint
+from .autotune import autotune
 from .explain import record_kernel
 from .kernels import KernelPreference, parse, resolve
-from .templates import TEMPLATES
 from .templates.problem import INTERPRETER, Device, Problem
 from .templates.tail import COLUMN, CONSTANT, ROW, SCALAR, Indexing, Tail
 
@@ -197,20 +197,8 @@ def _lower_triton(
         mutated = [realize_inputs(scales)]
         inputs += mutated
     layout = ir.FixedLayout(device, dtype, [m, n])
-    problem, gpu = _problem(a, b), _device(device)
-    choices: list[Any] = []
     thorough = bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
-    for module in TEMPLATES:
-        for config in module.candidates(problem, gpu, tail, thorough=thorough):
-            constants = literals | module.constants(config, problem, gpu)
-            declined = module.template(tail).maybe_append_choice(
-                choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=mutated or None, **constants
-            )
-            if declined is not None:
-                raise declined
-        if device.type == "cpu":
-            choices = choices[:1]  # times in the interpreter say nothing
-    result = select_choice(name, choices, inputs, layout)
+    result = autotune(name, tail, _problem(a, b), _device(device), inputs, layout, mutated, literals, thorough=thorough)
     record_kernel(V.graph.current_node, "triton", tail.describe())
     return (result, scales) if block_size is not None else result
 

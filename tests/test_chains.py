@@ -233,6 +233,22 @@ def test_one_input_of_several_linears_is_quantized_once(device: str, name: str) 
         check_float(got, type(want)(want.value, want.error + 4 * 2.0**-24 * want.value.abs()))  # the scale is computed: division, and eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_per_token_are_read_as_what_they_are(device: str, dtype: torch.dtype) -> None:
+    """choose_qparams_per_token returns float32 and its meta function says float64; a graph that calls it must not read one as the other."""
+    x = (torch.rand(M, K, generator=torch.Generator().manual_seed(3)) - 0.5).to(dtype).to(device)
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        scale, shift = decomposed.choose_qparams_per_token(x, torch.int8)
+        return scale, shift, decomposed.quantize_per_token(x.float(), scale, shift, -128, 127, torch.int8)
+
+    scale, shift, q = fn(x)
+    got = run(fn, x).output
+    torch.testing.assert_close(got[0], scale.double(), rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=0)
+    assert torch.equal(got[1], shift.long())
+    assert (got[2].short() - q.short()).abs().max() <= (0 if dtype == torch.float32 else 1)
+
+
 class Attention(nn.Module):
     """Three Int8Linear of one input, and one of what they make of it."""
 

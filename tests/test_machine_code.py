@@ -14,7 +14,7 @@ from machine_code import ARCHITECTURES, Job, MachineCode, compile_all, generated
 from support import run
 from torch import Tensor
 
-from int8_inductor import lowering, ops
+from int8_inductor import autotune, ops
 from int8_inductor._compat import triton_version
 from int8_inductor.templates import TEMPLATES, persistent, tiled
 from int8_inductor.templates.persistent import PersistentConfig
@@ -113,7 +113,7 @@ def render(tail: str, copy_bytes: int, config: TiledConfig | PersistentConfig, t
     for each in (inputs[0], inputs[2], inputs[5]):
         torch._dynamo.mark_dynamic(each, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "TEMPLATES", (template,))
+        patch.setattr(autotune, "TEMPLATES", (template,))
         patch.setattr(template, "candidates", lambda *args, **kwargs: [config])
         return generated_kernel(run(TAILS[tail][0], *inputs).code[0])
 

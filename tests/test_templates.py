@@ -14,7 +14,7 @@ from kernel_cases import Case, cases, out_scale
 from support import FLOATS, check_blocks, check_float, check_int8, examples, fresh_compile, in_blocks, linear64, well_conditioned
 from torch import Tensor
 
-from int8_inductor import lowering, ops
+from int8_inductor import autotune, lowering, ops
 from int8_inductor.templates import TEMPLATES, persistent, tiled
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
@@ -35,7 +35,8 @@ FLAT = PersistentConfig(64, 64, 64, 2, 4, programs=2, flatten=True)
 def only(module: Any, config: Any) -> Iterator[None]:
     """Lower to one config of one template."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "TEMPLATES", (module,))
+        patch.setattr(autotune, "TEMPLATES", (module,))
+        patch.setattr(autotune, "_WINNERS", {})
         patch.setattr(module, "candidates", lambda *args, **kwargs: [config])
         yield
 

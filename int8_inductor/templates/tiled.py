@@ -72,7 +72,7 @@ MAX_REGISTERS = 255
 """Registers that a thread can have, on every GPU; what does not fit spills to memory."""
 MAX_COPY_BYTES = 16
 """The most that a thread copies at a time."""
-QUICK_CONFIGS = 6
+QUICK_CONFIGS = 5
 """How many configs are timed when max_autotune is off."""
 WASTE = 1.5
 """A config is not timed when its tiles cover this many times the area of the tightest config's."""

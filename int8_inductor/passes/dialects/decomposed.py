@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ... import reference
 from ..base import argument, val
 from .types import Dequant, Dialect, Quant, Value, qparams_problem, simplified, unexpanded
 
-__all__ = ["QUANTIZED_DECOMPOSED"]
+__all__ = ["QUANTIZED_DECOMPOSED", "choose_qparams_per_token"]
 
 _NAMESPACE = "quantized_decomposed::"
 _GRANULARITIES = {
@@ -19,6 +20,18 @@ _GRANULARITIES = {
     "per_token": ("scales", "zero_points"),
 }
 """What follows quantize_ and dequantize_ in an operator's name -> its arguments for scale and zero point."""
+
+
+def choose_qparams_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What quantized_decomposed.choose_qparams_per_token computes, in the dtypes that its meta function says: float64 scales, int64 zero points.
+
+    Its eager kernel returns float32 for both (torch 2.11 to 2.15), and compiled code that calls it reads them as what they are not.
+    """
+    if dtype != torch.int8:
+        raise ValueError(f"choose_qparams_per_token: dtype must be torch.int8, got {dtype}")
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scale = (largest.float() if largest.dtype == torch.float16 else largest).clamp(min=1e-5).div(reference.INT8_MAX)
+    return scale.double(), torch.zeros_like(scale, dtype=torch.int64)
 
 
 def _granularity(node: Node, verb: str) -> str | None:
