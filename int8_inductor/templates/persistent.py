@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from .problem import TILE_ORDER, Device, Problem, tiles
+from .problem import TILE_ORDER, Device, Problem, padded, tiles
 from .tail import Tail, indented
 
 __all__ = ["CONFIGS", "PersistentConfig", "is_legal", "template"]
@@ -59,12 +59,16 @@ def is_legal(config: PersistentConfig, problem: Problem, device: Device, tail: T
 
 
 def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[PersistentConfig]:
-    """The configs worth timing: legal, and with more tiles than multiprocessors; few anyway, `thorough` or not.
+    """The configs worth timing: legal, more tiles than multiprocessors, and not twice the area; few anyway, `thorough` or not.
 
     So never for a single element, which Inductor stores without a mask: lanes past the edge are copies of it in the tiled template, zero here.
     """
-    many = [config for config in CONFIGS if tiles(problem, config.block_m, config.block_n) > device.multiprocessors]
-    return [config for config in many if is_legal(config, problem, device, tail)]
+
+    def useful(config: PersistentConfig) -> bool:
+        many = tiles(problem, config.block_m, config.block_n) > device.multiprocessors
+        return many and padded(problem, config.block_m, config.block_n) < 2 * problem.m * problem.n
+
+    return [config for config in CONFIGS if useful(config) and is_legal(config, problem, device, tail)]
 
 
 _MAIN_LOOP = """
@@ -87,8 +91,8 @@ _MAIN_LOOP = """
             dot = tl.dot(a, b.T, dot, out_dtype=tl.int32)
         rm = first_m.to(INDEX_DTYPE) + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
         rn = first_n.to(INDEX_DTYPE) + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
-        ram = rm % M
-        rbn = rn % N
+        ram = tl.where(rm < M, rm, 0)
+        rbn = tl.where(rn < N, rn, 0)
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["INTERPRETER", "TILE_ORDER", "Device", "Problem", "tiles"]
+__all__ = ["INTERPRETER", "TILE_ORDER", "Device", "Problem", "padded", "tiles"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ INTERPRETER = Device(shared_memory=2**31, multiprocessors=2, tma=True)
 def tiles(problem: Problem, block_m: int, block_n: int) -> int:
     """How many tiles of block_m x block_n cover the result."""
     return -(-problem.m // block_m) * -(-problem.n // block_n)
+
+
+def padded(problem: Problem, block_m: int, block_n: int) -> int:
+    """How many elements those tiles hold, those past the edge of the result included."""
+    return tiles(problem, block_m, block_n) * block_m * block_n
 
 
 TILE_ORDER = """# Programs that run together share rows of A and columns of B in L2.

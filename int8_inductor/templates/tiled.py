@@ -9,7 +9,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from .problem import TILE_ORDER, Device, Problem, tiles
+from .problem import TILE_ORDER, Device, Problem, padded, tiles
 from .tail import Tail, indented
 
 __all__ = ["CONFIGS", "TiledConfig", "is_legal", "template"]
@@ -55,12 +55,19 @@ CONFIGS = (
     TiledConfig(64, 128, 64, 4, 4),
     TiledConfig(64, 256, 128, 3, 4),
     TiledConfig(128, 128, 64, 3, 8),
+    TiledConfig(64, 64, 128, 7, 4),
+    TiledConfig(64, 32, 256, 4, 4),
     TiledConfig(64, 64, 128, 5, 4),
+    TiledConfig(32, 32, 256, 5, 4),
     TiledConfig(32, 64, 256, 4, 4),
     TiledConfig(32, 128, 128, 4, 4),
+    # Decode: the weight streams once. On an H200 at M = 16 narrow tiles win where N is 4096 or 6144, the wide one at 28672; at K = 14336 the first.
+    TiledConfig(16, 16, 512, 4, 2),
     TiledConfig(16, 128, 256, 4, 4),
+    TiledConfig(16, 32, 256, 8, 2),
+    TiledConfig(16, 32, 256, 5, 4),
+    TiledConfig(16, 64, 256, 6, 4),
     TiledConfig(16, 64, 256, 4, 4),
-    TiledConfig(16, 32, 512, 3, 4),
     TiledConfig(16, 128, 128, 3, 4),
     # For rows whose length is no multiple of 16 bytes: few copies a thread.
     TiledConfig(128, 128, 32, 3, 8),
@@ -76,6 +83,10 @@ QUICK_CONFIGS = 5
 """How many configs are timed when max_autotune is off."""
 WASTE = 1.5
 """A config is not timed when its tiles cover this many times the area of the tightest config's."""
+ONCE = 64
+"""Up to so many rows one tile covers M, and the weight is read once."""
+FULL = 0.75
+"""Tiles for this share of the multiprocessors count as filling the chip."""
 
 
 def is_legal(config: TiledConfig, problem: Problem, device: Device, tail: Tail) -> bool:
@@ -86,14 +97,20 @@ def is_legal(config: TiledConfig, problem: Problem, device: Device, tail: Tail) 
 
 
 def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[TiledConfig]:
-    """The configs worth timing: legal, tiles not wasted on M, best guesses first; a few unless `thorough`."""
+    """The configs worth timing: legal, tiles not wasted on M nor so low that they read the weight twice where once will do; those that fill the chip
+    and best guesses first; a few unless `thorough`.
+    """
     legal = [config for config in CONFIGS if is_legal(config, problem, device, tail)]
+    high = [config for config in legal if config.block_m >= min(problem.m, ONCE)] or legal
 
-    def padded(config: TiledConfig) -> int:
-        return tiles(problem, config.block_m, config.block_n) * config.block_m * config.block_n
+    def area(config: TiledConfig) -> int:
+        return padded(problem, config.block_m, config.block_n)
 
-    least = min(padded(config) for config in legal)
-    useful = [config for config in legal if padded(config) <= WASTE * least]
+    def idle(config: TiledConfig) -> float:
+        return max(0.0, FULL * device.multiprocessors - tiles(problem, config.block_m, config.block_n))
+
+    least = min(map(area, high))
+    useful = sorted((config for config in high if area(config) <= WASTE * least), key=idle)
     return useful if thorough else useful[:QUICK_CONFIGS]
 
 
@@ -108,9 +125,9 @@ _MAIN_LOOP = """
 {order}
     rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
     rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
-    # Rows past the end read a row that exists; the store leaves them out.
-    ram = rm % M
-    rbn = rn % N
+    # Rows past the end read the first row; the store leaves them out.
+    ram = tl.where(rm < M, rm, 0)
+    rbn = tl.where(rn < N, rn, 0)
     rk = tl.arange(0, BLOCK_K).to(INDEX_DTYPE)
     a_tile = A + ram[:, None] * {{{{stride("A", 0)}}}} + rk[None, :] * {{{{stride("A", 1)}}}}
     b_tile = B + rbn[None, :] * {{{{stride("B", 0)}}}} + rk[:, None] * {{{{stride("B", 1)}}}}
