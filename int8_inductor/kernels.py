@@ -51,6 +51,11 @@ def _why_not_triton(device: torch.device) -> str | None:
     return None
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether Inductor's pointwise code for `device` is Triton, and the templates can run there."""
+    return _why_not_triton(device) is None
+
+
 def resolve(preference: KernelPreference, device: torch.device) -> KernelPreference:
     """TRITON or TORCH for a preference and a device. KernelPreferenceError where the preference cannot be met, or a GPU has no triton."""
     if preference is KernelPreference.TORCH:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import ir
-from torch._inductor.lowering import empty_strided, lowerings, process_subgraph_nodes, register_lowering
+from torch._inductor.lowering import empty_strided, lowerings, make_pointwise, process_subgraph_nodes, register_lowering
 from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -274,3 +274,17 @@ def _lower_scaled_mm_block_quant(
 
     record_kernel(V.graph.current_node, "aten._int_mm", _describe(operands, activation, block_size))
     return _lower_torch(eager, a, b, operands, activation)
+
+
+@register_lowering(ops.round_to_int8, type_promotion_kind=None)
+def _lower_round_to_int8(t: Any, quant_min: int = -128) -> Any:
+    """On a GPU the conversion that rounds to nearest even, saturates and makes NaN 0, by itself; on the CPU the eager definition."""
+    if t.get_device().type == "cpu":
+        return _lower_eager(functools.partial(ops.round_to_int8_eager, quant_min=quant_min), {"t": t})
+
+    def convert(x: Any) -> Any:
+        asm = f"cvt.rni.sat.s8.f32 $0, $1; max.s32 $0, $0, {quant_min};"
+        steps = V.ops.inline_asm_elementwise(x, asm=asm, constraints="=r,f", dtype=torch.int32, is_pure=True, pack=1)
+        return V.ops.to_dtype(steps, torch.int8)
+
+    return make_pointwise(convert, override_return_dtype=torch.int8)(t)

@@ -33,6 +33,7 @@ _library.define(
 _library.define(
     f"scaled_mm_block_quant({_OPERANDS}, int block_size=128) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
+_library.define("round_to_int8(Tensor t, int quant_min=-128) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _is(actual: Any, wanted: Any) -> bool:
@@ -257,6 +258,25 @@ def _scaled_mm_block_quant_fake(
     return a.new_empty((m, n)), a.new_empty((m, n // block_size), dtype=torch.float32)
 
 
+def round_to_int8_eager(t: Tensor, quant_min: int = reference.INT8_MIN) -> Tensor:
+    _check_round_to_int8(t, quant_min)
+    return reference.saturate(torch.round(t), None, quant_min)
+
+
+def _round_to_int8_fake(t: Tensor, quant_min: int = reference.INT8_MIN) -> Tensor:
+    _check_round_to_int8(t, quant_min)
+    return torch.empty_like(t, dtype=torch.int8)
+
+
+def _check_round_to_int8(t: Tensor, quant_min: int) -> None:
+    if t.dtype != torch.float32:
+        raise TypeError(f"round_to_int8: t must be torch.float32, got {t.dtype}")
+    if quant_min not in (reference.INT8_MIN, reference.SYMMETRIC_MIN):
+        raise ValueError(f"round_to_int8: quant_min must be -128 or -127, got {quant_min}")
+
+
+_library.impl("round_to_int8", round_to_int8_eager, "CompositeExplicitAutograd")
+torch.library.register_fake("int8_inductor::round_to_int8", _round_to_int8_fake, lib=_library)
 _library.impl("scaled_mm", _scaled_mm_eager, "CompositeExplicitAutograd")
 _library.impl("scaled_mm_block_quant", _scaled_mm_block_quant_eager, "CompositeExplicitAutograd")
 torch.library.register_fake("int8_inductor::scaled_mm", _scaled_mm_fake, lib=_library)
@@ -264,3 +284,4 @@ torch.library.register_fake("int8_inductor::scaled_mm_block_quant", _scaled_mm_b
 
 scaled_mm = torch.ops.int8_inductor.scaled_mm.default
 scaled_mm_block_quant = torch.ops.int8_inductor.scaled_mm_block_quant.default
+round_to_int8 = torch.ops.int8_inductor.round_to_int8.default

@@ -56,7 +56,11 @@ def quantize(
     `scale` (float32) and `zero_point` (integer) broadcast against `x`. One reciprocal a scale instead of one division a value, as torchao has it:
     it is the divisions that would bound a kernel that quantizes a row.
     """
-    steps = torch.round(x.float() * torch.reciprocal(scale))
+    return saturate(torch.round(x.float() * torch.reciprocal(scale)), zero_point, quant_min, quant_max)
+
+
+def saturate(steps: Tensor, zero_point: Tensor | None = None, quant_min: int = INT8_MIN, quant_max: int = INT8_MAX) -> Tensor:
+    """clamp(steps + zero_point) as int8 for whole float32 `steps`; NaN becomes the zero point."""
     # x == x says "not NaN"; isnan is not vectorised in Inductor's C++ and would cost more than all the rest.
     steps = torch.where(steps == steps, steps, 0.0)
     if zero_point is not None:

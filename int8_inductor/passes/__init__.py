@@ -18,6 +18,7 @@ from .base import argument, aten, val
 from .context import Context, current, running
 from .dialects import find_dequant
 from .epilogue import BIAS, OUT_DTYPE, fold_activations
+from .instructions import use_fewer_instructions
 from .linear import LINEAR
 from .requantize import fold_quants
 from .shared import merge_quants
@@ -60,6 +61,7 @@ PASSES: tuple[Callable[[Graph], Any], ...] = (
     fold_activations,
     fold_quants,
     OUT_DTYPE.apply,
+    use_fewer_instructions,
 )
 
 
