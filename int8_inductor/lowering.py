@@ -18,6 +18,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, lowerings, make_pointwise, process_subgraph_nodes, register_lowering
 from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.virtualized import V
+from torch._inductor.virtualized import ops as inductor_ops
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -284,7 +285,7 @@ def _lower_round_to_int8(t: Any, quant_min: int = -128) -> Any:
 
     def convert(x: Any) -> Any:
         asm = f"cvt.rni.sat.s8.f32 $0, $1; max.s32 $0, $0, {quant_min};"
-        steps = V.ops.inline_asm_elementwise(x, asm=asm, constraints="=r,f", dtype=torch.int32, is_pure=True, pack=1)
-        return V.ops.to_dtype(steps, torch.int8)
+        steps = inductor_ops.inline_asm_elementwise(x, asm=asm, constraints="=r,f", dtype=torch.int32, is_pure=True, pack=1)
+        return inductor_ops.to_dtype(steps, torch.int8)
 
     return make_pointwise(convert, override_return_dtype=torch.int8)(t)

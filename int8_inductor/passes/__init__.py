@@ -61,7 +61,6 @@ PASSES: tuple[Callable[[Graph], Any], ...] = (
     fold_activations,
     fold_quants,
     OUT_DTYPE.apply,
-    use_fewer_instructions,
 )
 
 
@@ -96,7 +95,10 @@ class Int8Pass(CustomGraphPass):
             for each in PASSES:
                 each(graph)
             graph.eliminate_dead_code()
-            publish(context.ledger.settle(graph))
+            report = context.ledger.settle(graph)
+            use_fewer_instructions(graph)  # replaces quants that the ledger knows by their nodes
+            graph.eliminate_dead_code()
+            publish(report)
 
     def uuid(self) -> Any:
         """What compiled graphs are cached under: our sources, flags and the versions that the result depends on."""
