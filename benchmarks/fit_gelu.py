@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-DEGREE, LIMIT = 8, 5.5
+DEGREE, LIMIT = 6, 5.5
 
 
 def exponent(x: np.ndarray) -> np.ndarray:

@@ -46,8 +46,7 @@ def check_torch_version(version: str = torch.__version__) -> None:
     first, last = SUPPORTED_TORCH
     if not first <= _release(version) <= last:
         raise ImportError(
-            f"int8_inductor supports torch {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
-            f"got torch {version}: install a release in that range"
+            f"int8_inductor supports torch {first[0]}.{first[1]} to {last[0]}.{last[1]}, got torch {version}: install a release in that range"
         )
 
 

@@ -60,7 +60,7 @@ def autotune(
         pairs = pairs[:1]  # times in the interpreter say nothing
     choices: list[Any] = []
     for module, config in pairs:
-        constants = literals | module.constants(config, problem, gpu)
+        constants = literals | module.constants(config, problem, gpu, tail)
         declined = module.template(tail).maybe_append_choice(
             choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=mutated or None, **constants
         )

@@ -153,6 +153,11 @@ def _device(device: torch.device) -> Device:
     return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma=properties.major >= 9)
 
 
+def _has_ptx(device: torch.device) -> bool:
+    """Whether kernels for `device` may hold a GPU's own instructions; the interpreter on a CPU knows none."""
+    return device.type == "cuda"
+
+
 def _fits_tma(matrix: Any) -> bool:
     """Whether a tensor descriptor can name an int8 matrix, whatever its symbolic sizes are: 16-byte steps from row to row, and to the first."""
     sizevars, (row, step), columns = V.graph.sizevars, matrix.get_stride(), matrix.get_size()[1]
@@ -166,7 +171,7 @@ def _fits_tma(matrix: Any) -> bool:
 def _problem(a: Any, b: Any) -> Problem:
     (m, k), n = a.get_size(), b.get_size()[0]
     static_k = int(k) if isinstance(k, (int, sympy.Integer)) else None
-    return Problem(size_hint(m), size_hint(n), size_hint(k), static_k, tma=_fits_tma(a) and _fits_tma(b))
+    return Problem(size_hint(m), size_hint(n), size_hint(k), static_k, tma=_fits_tma(a) and _fits_tma(b), one_row=_is_one(m))
 
 
 def _lower_triton(
@@ -189,7 +194,12 @@ def _lower_triton(
         else:
             literals[operand.upper()] = value
     tail = dataclasses.replace(
-        Tail.of(indexings), activation=activation, out_quant_min=out_quant_min, block_size=block_size, fast=dtype != torch.float32
+        Tail.of(indexings),
+        activation=activation,
+        out_quant_min=out_quant_min,
+        block_size=block_size,
+        fast=dtype != torch.float32,
+        ptx=_has_ptx(device),
     )
     mutated = []
     if block_size is not None:

@@ -30,9 +30,7 @@ _library.define(
     f"scaled_mm({_OPERANDS}, Tensor? out_scale=None, Tensor? out_zero_point=None, int out_quant_min=-128, ScalarType? out_dtype=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define(
-    f"scaled_mm_block_quant({_OPERANDS}, int block_size=128) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-)
+_library.define(f"scaled_mm_block_quant({_OPERANDS}, int block_size=128) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("round_to_int8(Tensor t, int quant_min=-128) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -108,9 +106,7 @@ def check_operands(
         raise ValueError(f"scaled_mm: kernel_preference must be one of {', '.join(KERNEL_PREFERENCES)}, got {kernel_preference!r}")
 
 
-def check_store(
-    a: Tensor, out_scale: Tensor | None, out_zero_point: Tensor | None, out_quant_min: int, out_dtype: torch.dtype | None
-) -> None:
+def check_store(a: Tensor, out_scale: Tensor | None, out_zero_point: Tensor | None, out_quant_min: int, out_dtype: torch.dtype | None) -> None:
     """Raise TypeError or ValueError for what says how scaled_mm stores its result."""
     if out_scale is None:
         if out_zero_point is not None:
@@ -150,9 +146,7 @@ def linear_eager(
     int_mm: IntMm = reference.int_mm,
 ) -> Tensor:
     """activation(scale(a @ b.T) + bias) in float32 [M, N]; `int_mm` is the exact int8 product that it is built on."""
-    y = reference.scale_accumulator(
-        int_mm(a, b), a, b, a_scale.reshape(-1, 1), b_scale.reshape(-1), _column(a_zero_point), _row(b_zero_point), bias
-    )
+    y = reference.scale_accumulator(int_mm(a, b), a, b, a_scale.reshape(-1, 1), b_scale.reshape(-1), _column(a_zero_point), _row(b_zero_point), bias)
     return EPILOGUES[activation].eager(y)
 
 

@@ -48,9 +48,7 @@ def choose_scale_asymmetric(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]
     return torch.where(finite, scale, float("nan")), zero_point
 
 
-def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, quant_min: int = INT8_MIN, quant_max: int = INT8_MAX
-) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, quant_min: int = INT8_MIN, quant_max: int = INT8_MAX) -> Tensor:
     """clamp(round(x * (1 / scale)) + zero_point) as int8, rounding half to even, saturating; NaN becomes the zero point.
 
     `scale` (float32) and `zero_point` (integer) broadcast against `x`. One reciprocal a scale instead of one division a value, as torchao has it:

@@ -33,7 +33,7 @@ class Job:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """shared: bytes a block. registers, stack: registers and bytes of local memory a thread. mma: tensor-core instructions, as PTX names them.
+    """shared: bytes a block. registers, stack: registers and bytes of local memory a thread. mma: instructions that multiply int8, as PTX names them.
     loop_spills: loads and stores of local memory inside a loop that multiplies.
     """
 
@@ -107,7 +107,7 @@ def _compile(job: Job, folder: str, number: int) -> MachineCode:
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "--dump-resource-usage", str(cubin))))
     stack = int(usage["STACK"]) + int(usage["LOCAL"])
     spills = sum(_loop_spills(_tool("nvdisasm", "-c", str(cubin)))) if stack else 0
-    mma = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"])
+    mma = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|dp4a)[\w.:]*", compiled.asm["ptx"])
     return MachineCode(compiled.metadata.shared, int(usage["REG"]), stack, sorted(set(mma)), spills)
 
 

@@ -204,7 +204,7 @@ def _bfloat16(value: Tensor) -> Tensor:
 
 
 def _fitted_gelu(value: Tensor) -> Tensor:
-    return (2.6e-5 * value.abs()).clamp(max=3.1e-6) + 2.5e-8
+    return (1.3e-4 * value.abs()).clamp(max=1.6e-5) + 2.5e-8
 
 
 POINTWISE = (

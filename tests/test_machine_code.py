@@ -13,19 +13,25 @@ import torch
 from machine_code import ARCHITECTURES, Job, MachineCode, compile_all, generated_kernel, with_constants
 from support import run
 from torch import Tensor
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-from int8_inductor import autotune, ops
+from int8_inductor import autotune, lowering, ops
 from int8_inductor._compat import triton_version
-from int8_inductor.templates import TEMPLATES, persistent, tiled
+from int8_inductor.templates import TEMPLATES, persistent, tiled, vector
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
 from int8_inductor.templates.tail import COLUMN, ROW, SCALAR, Tail
 from int8_inductor.templates.tiled import CONFIGS, TiledConfig
+from int8_inductor.templates.vector import VectorConfig
 
 ESTIMATED = tuple(map(int, triton_version().split(".")[:2])) < (3, 8)
 """Whether TiledConfig.registers was made for this Triton. 3.9 takes more registers before Hopper; there, autotuning leaves out what spills."""
 THOROUGH = os.environ.get("INT8_INDUCTOR_HYPOTHESIS_PROFILE", "ci") == "thorough"
-RENDERED = {tiled: TiledConfig(16, 128, 128, 3, 4), persistent: PersistentConfig(16, 128, 128, 3, 4, programs=1, flatten=False)}
+RENDERED = {
+    tiled: TiledConfig(16, 128, 128, 3, 4),
+    persistent: PersistentConfig(16, 128, 128, 3, 4, programs=1, flatten=False),
+    vector: vector.CONFIGS[0],
+}
 """The config with which a template's kernels are generated; the others differ from it in constants alone."""
 DEVICES = {capability: Device(limit, 132, tma=capability >= 90) for capability, limit in ARCHITECTURES.items()}
 N = 256
@@ -67,7 +73,7 @@ FEW = (TiledConfig(64, 128, 128, 3, 4), TiledConfig(128, 128, 64, 4, 8), TiledCo
 def problem(copy_bytes: int) -> Problem:
     """A product whose rows begin at multiples of copy_bytes."""
     k = LENGTHS[copy_bytes]
-    return Problem(8192, N, k, k, tma=copy_bytes == 16)
+    return Problem(8192, N, k, k, tma=copy_bytes == 16, one_row=True)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Case:
 
     tail: str
     copy_bytes: int
-    config: TiledConfig | PersistentConfig
+    config: TiledConfig | PersistentConfig | VectorConfig
     template: ModuleType = tiled
 
     def is_legal(self, capability: int) -> bool:
@@ -94,6 +100,7 @@ def cases(capability: int) -> Iterator[Case]:
     if capability in (80, 90):
         yield from (Case(BLOCKS, 16, config) for config in (FEW[0], CONFIGS[0]))
     yield from (Case(tail, 16, config, persistent) for tail in (GELU, SINGLE, HALF) for config in persistent.CONFIGS)
+    yield from (Case(tail, 16, config, vector) for tail in (GELU, SINGLE) for config in vector.CONFIGS)
     if capability == 80:
         yield from (Case(ZERO_POINT, width, config) for width in (8, 4, 2, 1) for config in tightest(width))
 
@@ -105,16 +112,19 @@ def tightest(copy_bytes: int) -> list[TiledConfig]:
     return sorted(legal, key=lambda config: config.registers(tail, copy_bytes))[-2:]
 
 
-def render(tail: str, copy_bytes: int, config: TiledConfig | PersistentConfig, template: ModuleType) -> str:
-    """The kernel that Inductor generates with `config` of `template`, for any M, through the interpreter."""
+def render(tail: str, copy_bytes: int, config: TiledConfig | PersistentConfig | VectorConfig, template: ModuleType) -> str:
+    """The kernel that Inductor generates with `config` of `template`, for any M, on a machine without a GPU."""
     k = LENGTHS[copy_bytes]
     a, b = torch.zeros(2, k, dtype=torch.int8), torch.zeros(N, k, dtype=torch.int8)
-    inputs = (a, b, torch.ones(2, 1), torch.ones(N), torch.ones(1), torch.zeros(2, 1, dtype=torch.int8))
-    for each in (inputs[0], inputs[2], inputs[5]):
+    rows = 1 if template is vector else 2
+    inputs = (a[:rows], b, torch.ones(rows, 1), torch.ones(N), torch.ones(1), torch.zeros(rows, 1, dtype=torch.int8))
+    for each in (inputs[0], inputs[2], inputs[5]) if rows > 1 else ():
         torch._dynamo.mark_dynamic(each, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autotune, "TEMPLATES", (template,))
         patch.setattr(template, "candidates", lambda *args, **kwargs: [config])
+        patch.setattr(lowering, "_has_ptx", lambda device: True)
+        patch.setattr(CachingAutotuner, "run", lambda *args, **kwargs: None)  # a kernel for a GPU: it is looked at, not run
         return generated_kernel(run(TAILS[tail][0], *inputs).code[0])
 
 
@@ -129,7 +139,7 @@ def text(case: Case, rendered: dict[tuple[str, int, ModuleType], str]) -> str:
     key = case.tail, case.copy_bytes, case.template
     if key not in rendered:
         rendered[key] = render(case.tail, case.copy_bytes, RENDERED[case.template], case.template)
-    constants = case.template.constants(case.config, problem(case.copy_bytes), DEVICES[90])
+    constants = case.template.constants(case.config, problem(case.copy_bytes), DEVICES[90], TAILS[case.tail][1])
     return with_constants(rendered[key], **{name: value for name, value in constants.items() if not name.startswith("num_")})
 
 
@@ -147,7 +157,9 @@ def problems(case: Case, capability: int, code: MachineCode) -> Iterator[str]:
 
 
 def instructions(case: Case, capability: int) -> str:
-    """The int8 tensor-core instruction of an architecture, as a pattern."""
+    """What multiplies int8 on an architecture, as a pattern."""
+    if isinstance(case.config, VectorConfig):
+        return r"dp4a\.s32\.s32"
     if capability == 90 and case.config.block_m >= 64:
         return r"wgmma\.mma_async\..*\.s32\.s8\.s8"
     # Triton 3.9 is the first to have Blackwell's own.

@@ -15,11 +15,12 @@ from support import FLOATS, check_blocks, check_float, check_int8, examples, fre
 from torch import Tensor
 
 from int8_inductor import autotune, lowering, ops
-from int8_inductor.templates import TEMPLATES, persistent, tiled
+from int8_inductor.templates import TEMPLATES, persistent, tiled, vector
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
 from int8_inductor.templates.tail import ROW, SCALAR, Tail
 from int8_inductor.templates.tiled import TiledConfig
+from int8_inductor.templates.vector import VectorConfig
 
 DEVICES = {
     "sm_80": Device(163 * 1024, 108, tma=False),
@@ -78,9 +79,7 @@ def test_programs_that_share_columns_cover_every_tile() -> None:
 
 
 @examples(12)
-@given(
-    case=cases(), steps=st.sampled_from([1, 2, 3, 9]), dtype=st.sampled_from([None, *FLOATS, torch.int8]), config=st.sampled_from([SMALL, FLAT])
-)
+@given(case=cases(), steps=st.sampled_from([1, 2, 3, 9]), dtype=st.sampled_from([None, *FLOATS, torch.int8]), config=st.sampled_from([SMALL, FLAT]))
 @example(case=Case(1, 2), steps=1, dtype=None, config=SMALL)
 @example(case=Case(67, 130, activation="silu", bias=torch.float16), steps=9, dtype=torch.int8, config=FLAT)
 def test_persistent_results(device: str, case: Case, steps: int, dtype: torch.dtype | None, config: PersistentConfig) -> None:
@@ -156,7 +155,49 @@ def problem_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> Problem:
     ids=str,
 )
 def test_operands_that_a_descriptor_can_name(case: Case, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert problem_of(case, monkeypatch) == Problem(case.m, case.n, case.k, case.k, fits)
+    assert problem_of(case, monkeypatch) == Problem(case.m, case.n, case.k, case.k, fits, one_row=case.m == 1)
+
+
+# The vector template --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", vector.CONFIGS, ids=str)
+@pytest.mark.parametrize("k", [4 * 512, 4 * 512 + 48, 16])
+def test_every_config_of_the_vector_template(device: str, config: VectorConfig, k: int) -> None:
+    case = Case(1, 3 * config.block_n + 1, k, bias=torch.bfloat16, activation="gelu", device=device)
+    with only(vector, config):
+        compiled = case.scaled_mm("triton", store={"out_dtype": torch.float16})
+    assert compiled.has("BLOCK_WORDS : tl.constexpr")
+    assert compiled.has("dp4a") == (device == "cuda")
+    check_float(compiled.output, case.want(narrow=True))
+
+
+@examples(8)
+@given(case=cases(), steps=st.sampled_from([1, 2, 9]), dtype=st.sampled_from([None, *FLOATS, torch.int8]))
+@example(case=Case(1, 1), steps=1, dtype=None)
+def test_vector_results(device: str, case: Case, steps: int, dtype: torch.dtype | None) -> None:
+    """M = 1, any N, K in multiples of 16 and no zero points; float and int8 results."""
+    case.device, case.m, case.k, case.a_zero_point, case.b_zero_point = device, 1, 16 * steps, None, None
+    case.a_layout = case.b_layout = "contiguous"
+    want = case.want(narrow=dtype not in (None, torch.float32))
+    with only(vector, VectorConfig(4, 8, 2, 4)):
+        if dtype == torch.int8:
+            scale = out_scale(case, want, per_row=True)
+            assume(well_conditioned(want, scale))
+            check_int8(case.scaled_mm("triton", store={"out_scale": scale}).output, want, scale)
+        else:
+            check_float(case.scaled_mm("triton", store={"out_dtype": dtype}).output, want)
+
+
+def test_when_the_vector_template_is_a_candidate() -> None:
+    """One row for certain, whole words, no sums for a zero point in the loop and no blocks."""
+    one, tail = Problem(1, 4096, 4096, 4096, tma=True, one_row=True), Tail(SCALAR, SCALAR)
+    for device in DEVICES.values():
+        assert vector.candidates(one, device, tail, thorough=False) == list(vector.CONFIGS)
+        assert vector.candidates(Problem(1, 4096, 4096, 4096, tma=True), device, tail, thorough=False) == []
+        assert vector.candidates(Problem(1, 4096, 4100, 4100, tma=False, one_row=True), device, tail, thorough=False) == []
+        assert vector.candidates(one, device, Tail(SCALAR, SCALAR, a_zero_point=ROW), thorough=False) == []
+        assert vector.candidates(one, device, Tail(SCALAR, SCALAR, block_size=128), thorough=False) == []
 
 
 # Which configs are timed ----------------------------------------------------------------------------------------------------------

@@ -86,9 +86,7 @@ def _fold_bias(root: Node, x: Any, bias: Any) -> bool:
     return True
 
 
-@register_graph_pattern(
-    CallFunction(aten.add.Tensor, KeywordArg("x"), KeywordArg("bias"), _users=MULTIPLE), pass_dict=BIAS
-)
+@register_graph_pattern(CallFunction(aten.add.Tensor, KeywordArg("x"), KeywordArg("bias"), _users=MULTIPLE), pass_dict=BIAS)
 def fold_bias(match: Match, x: Any, bias: Any) -> None:
     """scaled_mm + bias [N], in either order."""
     root = match.output_node()
@@ -98,9 +96,7 @@ def fold_bias(match: Match, x: Any, bias: Any) -> None:
         _fold_bias(root, bias, x)
 
 
-@register_graph_pattern(
-    CallFunction(prims.convert_element_type.default, KeywordArg("x"), KeywordArg("dtype"), _users=MULTIPLE), pass_dict=OUT_DTYPE
-)
+@register_graph_pattern(CallFunction(prims.convert_element_type.default, KeywordArg("x"), KeywordArg("dtype"), _users=MULTIPLE), pass_dict=OUT_DTYPE)
 def fold_cast(match: Match, x: Node, dtype: torch.dtype) -> None:
     """scaled_mm -> cast to a narrower float dtype: stored as that dtype."""
     root = match.output_node()

@@ -110,7 +110,7 @@ def template(tail: Tail):  # type: ignore[no-untyped-def]  # a TritonTemplate; i
     return TritonTemplate(name=f"int8_scaled_mm_persistent_{tail.name()}", grid=persistent_mm_grid, source=source(tail))
 
 
-def constants(config: PersistentConfig, problem: Problem, device: Device) -> dict[str, object]:
+def constants(config: PersistentConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, object]:
     """The compile-time constants of a launch. NUM_SMS, as Inductor's grid for persistent kernels calls it, is how many programs run at once."""
     return {
         "BLOCK_M": config.block_m,

@@ -13,6 +13,7 @@ class Problem:
 
     m, n, k: sizes, or what symbolic ones are compiled for. static_k: K where it is known at compile time. tma: whether both operands can be read
     through tensor descriptors, whatever the symbolic sizes are: K contiguous, and rows and their beginning at multiples of 16 bytes.
+    one_row: whether M is known to be 1.
     """
 
     m: int
@@ -20,6 +21,7 @@ class Problem:
     k: int
     static_k: int | None
     tma: bool
+    one_row: bool = False
 
 
 @dataclass(frozen=True)

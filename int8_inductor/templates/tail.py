@@ -42,7 +42,8 @@ def indented(lines: list[str], spaces: int) -> str:
 class Tail:
     """The static shape of what follows the main loop. None: that operand is absent.
 
-    block_size: dynamic requantize with scales as second output. fast: the result is stored with less precision than float32.
+    block_size: dynamic requantize with scales as second output. fast: the result is stored with less precision than float32. ptx: a GPU's own
+    instructions may be written, which the interpreter does not know.
     """
 
     a_scale: Indexing
@@ -56,6 +57,7 @@ class Tail:
     out_quant_min: int = reference.INT8_MIN
     block_size: int | None = None
     fast: bool = False
+    ptx: bool = False
 
     @classmethod
     def of(cls, operands: Mapping[str, Indexing]) -> Tail:
@@ -85,6 +87,8 @@ class Tail:
             parts.append(f"int8_{-self.out_quant_min}")
         if self.block_size:
             parts.append(f"block{self.block_size}")
+        if self.ptx:
+            parts.append("ptx")
         return "_".join(parts)
 
     def describe(self) -> str:
@@ -124,14 +128,21 @@ class Tail:
         return [*lines, *((epilogue.triton_fast if self.fast else "") or epilogue.triton).splitlines()]
 
     def _round_lines(self) -> list[str]:
-        """Steps `t` to the int8 tile `y`: NaN is zero, round half to even, shift, saturate.
+        """Steps `t` to the int8 tile `y`: NaN is zero, round half to even, shift, saturate. One conversion of a GPU does all but the shift.
 
-        A float added to 1.5 * 2^23 is rounded to an integer, whose low byte is the float's own: no conversion, of which a GPU does a quarter as many.
+        Elsewhere a float added to 1.5 * 2^23 is rounded to an integer, whose low byte is the float's own.
         """
-        lines = ["t = tl.where(t == t, t, 0.0)"]
+        low = self.out_quant_min
         if self.out_zero_point:
-            lines.append(f"t = libdevice.rint(t) + {self._load('out_zero_point')}.to(tl.float32)")
-        lines.append(f"t = tl.minimum(tl.maximum(t, {float(self.out_quant_min)}), {float(reference.INT8_MAX)})")
+            number = "tl.where(t == t, t, 0.0)"
+            lines = [f"t = libdevice.rint({number}) + {self._load('out_zero_point')}.to(tl.float32)"]
+        else:
+            lines = [] if self.ptx else ["t = tl.where(t == t, t, 0.0)"]
+        if self.ptx:
+            floor = "" if low == reference.INT8_MIN else f" max.s32 $0, $0, {low};"
+            asm = f'"cvt.rni.sat.s8.f32 $0, $1;{floor}", "=r,f", [t], dtype=tl.int32, is_pure=True, pack=1'
+            return [*lines, f"y = tl.inline_asm_elementwise({asm}).to(tl.int8)"]
+        lines.append(f"t = tl.minimum(tl.maximum(t, {float(low)}), {float(reference.INT8_MAX)})")
         return [*lines, f"y = (t + {1.5 * 2.0**23}).to(tl.int32, bitcast=True).to(tl.int8)"]
 
     def _block_lines(self) -> list[str]:

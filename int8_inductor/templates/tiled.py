@@ -167,7 +167,7 @@ def template(tail: Tail):  # type: ignore[no-untyped-def]  # a TritonTemplate; i
     return TritonTemplate(name=f"int8_scaled_mm_{tail.name()}", grid=mm_grid, source=source(tail))
 
 
-def constants(config: TiledConfig, problem: Problem, device: Device) -> dict[str, object]:
+def constants(config: TiledConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, object]:
     """The compile-time constants of a launch."""
     return {
         "BLOCK_M": config.block_m,

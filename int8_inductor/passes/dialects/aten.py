@@ -1,7 +1,7 @@
 """The dialect of plain aten arithmetic: what Int8Linear writes, what torchao's affine operators decompose to, and what people write by hand.
 
-    (q - zero_point) * scale                          with the casts of q, and division by the inverse, as they come
-    clamp(round(x / scale) + zero_point).to(int8)     with clamp and round in either order, and multiplication by the inverse
+(q - zero_point) * scale                          with the casts of q, and division by the inverse, as they come
+clamp(round(x / scale) + zero_point).to(int8)     with clamp and round in either order, and multiplication by the inverse
 """
 
 from __future__ import annotations
