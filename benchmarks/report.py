@@ -29,15 +29,22 @@ def committed_results(root: Path) -> list[Path]:
     return [root / name for name in sorted(names) if name.endswith(".json") and name.removesuffix(".json") + ".png" in names]
 
 
-def newest(paths: list[Path]) -> dict[str, Path]:
-    """The newest GPU result of each kind, by the date inside it."""
-    found: dict[str, tuple[str, Path]] = {}
+def newest(paths: list[Path]) -> dict[str, list[Path]]:
+    """The newest GPU results of each kind, oldest first: the last by the date inside it, and those of the same commit."""
+    found: dict[str, list[tuple[str, Path, str | None]]] = {}
     for path in paths:
         result = read_json(path)
         record = result["environment"]
         if record["device"]["type"] == "cuda":
-            found[result["kind"]] = max(found.get(result["kind"], ("", path)), (record["date"], path))
-    return {kind: found[kind][1] for kind in KINDS if kind in found}
+            found.setdefault(result["kind"], []).append((record["date"], path, record["commit"]))
+    chosen: dict[str, list[Path]] = {}
+    for kind in KINDS:
+        dated = sorted(found.get(kind, []), key=lambda each: each[:2])
+        commit = dated[-1][2] if dated else None
+        same = [path for _, path, each in dated if commit is not None and each == commit]
+        if dated:
+            chosen[kind] = same or [dated[-1][1]]
+    return chosen
 
 
 def source(result: dict[str, Any], name: str) -> str:
@@ -51,7 +58,7 @@ def source(result: dict[str, Any], name: str) -> str:
 
 
 def section(path: Path) -> str:
-    """The markdown of one result: source, chart, table, notes."""
+    """The markdown of one result: chart, table, notes, and where they come from."""
     result = read_json(path)
     if result["kind"] == "gemm":
         table, notes = tables.gemm(result, brief=True), tables.notes(result)
@@ -59,7 +66,7 @@ def section(path: Path) -> str:
         table, notes = tables.models(result), tables.left_out(result, "label")
     chart = f"![{HEADS[result['kind']]}](benchmarks/results/{path.with_suffix('.png').name})"
     listed = "\n".join(f"- {note}" for note in notes)
-    return f"### {HEADS[result['kind']]}\n\n{source(result, path.name)}\n\n{chart}\n\n{tables.markdown(*table)}\n\n{listed}"
+    return f"{source(result, path.name)}\n\n{chart}\n\n{tables.markdown(*table)}\n\n{listed}"
 
 
 def block(root: Path) -> str:
@@ -67,7 +74,7 @@ def block(root: Path) -> str:
     chosen = newest(committed_results(root))
     if not chosen:
         raise ReportError("benchmarks/results must hold a committed GPU result with its PNG, got none")
-    return "\n\n".join(section(path) for path in chosen.values())
+    return "\n\n".join(f"### {HEADS[kind]}\n\n" + "\n\n".join(map(section, paths)) for kind, paths in chosen.items())
 
 
 def with_block(readme: str, text: str) -> str:

@@ -16,7 +16,8 @@ from .smooth import smooth_
 
 __all__ = ["Variant", "cpu_variants", "gpu_variants", "quantized"]
 
-GPU_MODES = ("default", "reduce-overhead", "max-autotune")
+GPU_MODES = ("default", "reduce-overhead")
+"""Not max-autotune: stock Inductor times its own kernels for minutes there, for what is reduce-overhead's time in the end."""
 STOCK, DYNAMIC, STATIC = "torch.compile", "int8 dynamic", "int8 static"
 
 
