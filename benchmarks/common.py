@@ -92,27 +92,28 @@ def _source_digest() -> str:
 
 
 def environment(device: torch.device, module: str, argv: list[str], commit: str | None = None) -> dict[str, Any]:
-    """Where and with what a result was measured. `commit` stands in where the tree has no .git; then nobody can say whether it is dirty."""
+    """Where and with what a result was measured. `commit` is of a tree that came without its own .git; then nobody can say whether it is dirty."""
     head = _output("git", "rev-parse", "HEAD")
     status = _output("git", "status", "--porcelain")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": " ".join(["python", "-m", module, *_without_out(argv)]),
+        "command": " ".join(["python", "-m", module, *_without_places(argv)]),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "triton", "torchao", "timm", "transformers")},
         "device": _device_record(device), "threads": torch.get_num_threads(),
-        "commit": head or commit, "dirty": bool(status) if head else None, "source_sha256": _source_digest(),
+        "commit": commit or head, "dirty": bool(status) if head and not commit else None, "source_sha256": _source_digest(),
     }  # fmt: skip
 
 
-def _without_out(argv: list[str]) -> list[str]:
-    """The arguments without --out DIR: where a file was put is no part of a result."""
+def _without_places(argv: list[str]) -> list[str]:
+    """The arguments without --out DIR and --commit COMMIT: where a file was put is no part of a result, and the commit is recorded beside it."""
+    left_out = ("--out", "--commit")
     kept: list[str] = []
     skip = False
     for each in argv:
-        if not skip and not each.startswith("--out"):
+        if not skip and not each.startswith(left_out):
             kept.append(each)
-        skip = not skip and each == "--out"
+        skip = not skip and each in left_out
     return kept
 
 
@@ -140,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--seconds", type=float, default=seconds, help="start nothing new after this long (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the JSON and the PNG (default: benchmarks/results)")
-    parser.add_argument("--commit", help="git commit to record where the tree has no .git")
+    parser.add_argument("--commit", help="git commit of the tree, where it has no .git of its own")
 
 
 def prepare(device: torch.device) -> None:
