@@ -30,20 +30,19 @@ def committed_results(root: Path) -> list[Path]:
 
 
 def newest(paths: list[Path]) -> dict[str, list[Path]]:
-    """The newest GPU results of each kind, oldest first: the last by the date inside it, and those of the same commit."""
-    found: dict[str, list[tuple[str, Path, str | None]]] = {}
+    """The newest GPU results of each kind, oldest first: the last by the date inside it, and what other commands gave for the same commit."""
+    dated: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {kind: [] for kind in KINDS}
     for path in paths:
         result = read_json(path)
-        record = result["environment"]
-        if record["device"]["type"] == "cuda":
-            found.setdefault(result["kind"], []).append((record["date"], path, record["commit"]))
+        if result["environment"]["device"]["type"] == "cuda":
+            dated[result["kind"]].append((result["environment"]["date"], path, result["environment"]))
     chosen: dict[str, list[Path]] = {}
-    for kind in KINDS:
-        dated = sorted(found.get(kind, []), key=lambda each: each[:2])
-        commit = dated[-1][2] if dated else None
-        same = [path for _, path, each in dated if commit is not None and each == commit]
-        if dated:
-            chosen[kind] = same or [dated[-1][1]]
+    for kind, results in dated.items():
+        results.sort(key=lambda each: each[:2])
+        commit = results[-1][2]["commit"] if results else None
+        last = {record["command"]: path for _, path, record in results if record["commit"] == commit}
+        if results:
+            chosen[kind] = list(last.values()) if commit else [results[-1][1]]
     return chosen
 
 

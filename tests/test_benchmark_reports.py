@@ -176,6 +176,23 @@ def test_report_writes_the_block_and_check_sees_that_it_is_stale(checkout: Path,
     assert report.main(["--check"], checkout) == 0
     add_result(checkout, "gemm-b", gemm_result(3.0, "2026-01-03T00:00:00Z"))
     assert report.main(["--check"], checkout) == 1
+    assert report.main(["--readme"], checkout) == 0
+    assert "gemm-a.png" not in (checkout / "README.md").read_text()
+
+
+def test_report_shows_all_that_was_measured_of_the_newest_commit(checkout: Path) -> None:
+    for name, command, commit in (("gemm-b", "python -m benchmarks.gemm --shapes vit", "f" * 40), ("gemm-c", "python -m benchmarks.gemm", "e" * 40)):
+        result = gemm_result(3.0, "2026-01-01T00:00:00Z")
+        result["environment"] |= {"command": command, "commit": commit}
+        add_result(checkout, name, result)
+    assert report.main(["--readme"], checkout) == 0
+    readme = (checkout / "README.md").read_text()
+    assert [readme.count(f"{name}.png") for name in ("gemm-a", "gemm-b", "gemm-c")] == [1, 1, 0]
+
+
+def test_report_check_sees_an_edited_figure(checkout: Path) -> None:
+    assert report.main(["--readme"], checkout) == 0
+    readme = (checkout / "README.md").read_text()
     (checkout / "README.md").write_text(readme.replace("4000.0", "3000.0"))
     assert report.main(["--check"], checkout) == 1
 

@@ -45,6 +45,19 @@ def int8_model(config: Any) -> nn.Module:
     return model
 
 
+def check_against_eager(model: nn.Module, got: Tensor, want: Tensor) -> None:
+    """Equal up to float32 rounding; where the second linear has static scales, its input may be one step off next to a tie, in few rows."""
+    assert got.shape == want.shape
+    scale = getattr(model[2], "input_scale", None)
+    if scale is None:
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+        return
+    off = (got - want).abs().reshape(-1, want.shape[-1])
+    step = float(scale.max() * model[2].to_linear().weight.abs().max())
+    assert bool((off <= 1.01 * step).all())
+    assert int((off > 2e-6 + 1e-5 * want.abs().reshape(off.shape)).any(-1).sum()) <= max(1, len(off) // 10)
+
+
 def compilations(
     model: nn.Module, shapes: Sequence[Sequence[int]], backend: str, prepare: Callable[[Tensor], None] = lambda x: None, **kwargs: Any
 ) -> int:
@@ -57,7 +70,7 @@ def compilations(
             x = torch.randn(*shape, generator=generator)
             want = model(x)
             prepare(x)
-            torch.testing.assert_close(compiled(x), want, rtol=1e-5, atol=2e-6)
+            check_against_eager(model, compiled(x), want)
         return int(counters["stats"]["unique_graphs"])
 
 
@@ -149,6 +162,6 @@ def test_a_number_of_rows_that_depends_on_the_data(config: str) -> None:
         # The largest of no values is an error, in eager a case of its own: where M depends on data, only per row can it be 0.
         for chosen in (4, 9, 1) if "per tensor" in config else (4, 9, 1, 0):
             mask = torch.arange(9) < chosen
-            torch.testing.assert_close(compiled(x, mask), fn(x, mask), rtol=1e-5, atol=2e-6)
+            check_against_eager(model, compiled(x, mask), fn(x, mask))
     assert report.graphs == 1
     assert report.counts()["linear"]["rewritten"] == 2
