@@ -147,10 +147,13 @@ def _as_operand(name: str, box: Any) -> tuple[Indexing, Any]:
 
 
 def _device(device: torch.device) -> Device:
+    # Inductor's C++ wrapper (AOTInductor) gives all programs of a launch the memory for one program's descriptors (torch 2.11 to 2.13).
+    python_launches = not V.graph.cpp_wrapper
     if device.type == "cpu":
-        return INTERPRETER
+        return dataclasses.replace(INTERPRETER, tma=python_launches)
     properties: Any = torch.cuda.get_device_properties(device)
-    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma=properties.major >= 9)
+    tma = properties.major >= 9 and python_launches
+    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma)
 
 
 def _has_ptx(device: torch.device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from kernel_cases import Case, cases, out_scale
 from support import FLOATS, check_blocks, check_float, check_int8, examples, fresh_compile, in_blocks, linear64, well_conditioned
 from torch import Tensor
+from torch._inductor.virtualized import V
 
 from int8_inductor import autotune, lowering, ops
 from int8_inductor.templates import TEMPLATES, persistent, tiled, vector
@@ -156,6 +158,16 @@ def problem_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> Problem:
 )
 def test_operands_that_a_descriptor_can_name(case: Case, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem_of(case, monkeypatch) == Problem(case.m, case.n, case.k, case.k, fits, one_row=case.m == 1)
+
+
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_no_descriptors_where_cpp_launches_the_kernel(device: str, cpp_wrapper: bool) -> None:
+    """AOTInductor would have the programs of one launch overwrite each other's descriptors."""
+    graph: Any = SimpleNamespace(cpp_wrapper=cpp_wrapper)
+    with V.set_graph_handler(graph):
+        found = lowering._device(torch.device(device))
+    expected = not cpp_wrapper and (device == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
+    assert found.tma == expected
 
 
 # The vector template --------------------------------------------------------------------------------------------------------------
