@@ -7,10 +7,11 @@ past the edge of an operand with zeros. After Triton's tutorial 09-persistent-ma
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 from .problem import TILE_ORDER, Device, Problem, padded, tiles
+from .render import triton_template
 from .tail import Tail, indented
 
 __all__ = ["CONFIGS", "PersistentConfig", "is_legal", "template"]
@@ -101,13 +102,9 @@ def source(tail: Tail) -> str:
     return _MAIN_LOOP.format(arguments=tail.signature(), order=indented(TILE_ORDER.splitlines(), 8)) + tail.source(8)
 
 
-@functools.cache
-def template(tail: Tail):  # type: ignore[no-untyped-def]  # a TritonTemplate; imported late, as Inductor is slow to import
-    """The TritonTemplate with that tail; one object for each, as Inductor wants their names unique."""
-    from torch._inductor.kernel.mm_common import persistent_mm_grid
-    from torch._inductor.select_algorithm import TritonTemplate
-
-    return TritonTemplate(name=f"int8_scaled_mm_persistent_{tail.name()}", grid=persistent_mm_grid, source=source(tail))
+def template(tail: Tail) -> Any:
+    """The TritonTemplate with that tail."""
+    return triton_template("persistent", "persistent_mm_grid", source(tail), tail)
 
 
 def constants(config: PersistentConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, object]:

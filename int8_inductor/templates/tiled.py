@@ -5,11 +5,12 @@ The weight is [N, K] with K contiguous, as 8-bit tensor cores want both operands
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .problem import TILE_ORDER, Device, Problem, padded, tiles
+from .render import triton_template
 from .tail import Tail, indented
 
 __all__ = ["CONFIGS", "TiledConfig", "is_legal", "template"]
@@ -158,13 +159,9 @@ def source(tail: Tail) -> str:
     return loop + tail.source(4)
 
 
-@functools.cache
-def template(tail: Tail):  # type: ignore[no-untyped-def]  # a TritonTemplate; imported late, as Inductor is slow to import
-    """The TritonTemplate with that tail; one object for each, as Inductor wants their names unique."""
-    from torch._inductor.kernel.mm_common import mm_grid
-    from torch._inductor.select_algorithm import TritonTemplate
-
-    return TritonTemplate(name=f"int8_scaled_mm_{tail.name()}", grid=mm_grid, source=source(tail))
+def template(tail: Tail) -> Any:
+    """The TritonTemplate with that tail."""
+    return triton_template("", "mm_grid", source(tail), tail)
 
 
 def constants(config: TiledConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, object]:

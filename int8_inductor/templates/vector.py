@@ -7,10 +7,11 @@ rows of the weight; a thread multiplies four int8 at a time (dp4a) and the rows 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 from .problem import Device, Problem
+from .render import triton_template
 from .tail import Tail
 
 __all__ = ["CONFIGS", "VectorConfig", "is_legal", "template"]
@@ -89,13 +90,9 @@ def source(tail: Tail) -> str:
     return _MAIN_LOOP.format(arguments=tail.signature()) + tail.source(4)
 
 
-@functools.cache
-def template(tail: Tail):  # type: ignore[no-untyped-def]  # a TritonTemplate; imported late, as Inductor is slow to import
-    """The TritonTemplate with that tail; one object for each, as Inductor wants their names unique."""
-    from torch._inductor.kernel.mm_common import mm_grid
-    from torch._inductor.select_algorithm import TritonTemplate
-
-    return TritonTemplate(name=f"int8_scaled_mm_vector_{tail.name()}", grid=mm_grid, source=source(tail))
+def template(tail: Tail) -> Any:
+    """The TritonTemplate with that tail."""
+    return triton_template("vector", "mm_grid", source(tail), tail)
 
 
 def constants(config: VectorConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, object]:
