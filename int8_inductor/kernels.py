@@ -43,6 +43,8 @@ def _why_not_triton(device: torch.device) -> str | None:
         return None if inductor_config.cpu_backend == "triton" else "Inductor's CPU backend is not Triton"
     if device.type != "cuda":
         return f"there is no template for {device.type}"
+    if torch.version.hip is not None:
+        return "the templates are for NVIDIA GPUs"
     if not has_triton_package():
         return "the triton package is not installed (pip install triton)"
     capability = torch.cuda.get_device_capability(device)

@@ -292,8 +292,8 @@ def _lower_scaled_mm_block_quant(
 
 @register_lowering(ops.round_to_int8, type_promotion_kind=None)
 def _lower_round_to_int8(t: Any, quant_min: int = -128) -> Any:
-    """On a GPU the conversion that rounds to nearest even, saturates and makes NaN 0, by itself; on the CPU the eager definition."""
-    if t.get_device().type == "cpu":
+    """On a GPU the conversion that rounds to nearest even, saturates and makes NaN 0, by itself; elsewhere the eager definition."""
+    if not _has_ptx(t.get_device()):
         return _lower_eager(functools.partial(ops.round_to_int8_eager, quant_min=quant_min), {"t": t})
 
     def convert(x: Any) -> Any:

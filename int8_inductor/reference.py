@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 INT8_MIN, INT8_MAX = -128, 127
 SYMMETRIC_MIN = -127
@@ -97,7 +98,12 @@ def scale_accumulator(
     sum (a - za)(b - zb) = sum ab - za sum b - zb sum (a - za). The scales are applied one after the other: their product could underflow.
     """
     if a_zero_point is not None:
-        acc = acc - a_zero_point.to(torch.int32) * b.sum(1, dtype=torch.int32)
+        shift = a_zero_point.to(torch.int32)
+        if statically_known_true(shift.numel() == 1):
+            # Multiplied before the sum: compiled code then subtracts a vector that it has, in place of a product for each of M x N values.
+            acc = acc - (b.to(torch.int32) * shift.reshape(1)).sum(1, dtype=torch.int32)
+        else:
+            acc = acc - shift * b.sum(1, dtype=torch.int32)
     if b_zero_point is not None:
         row_sum = a.sum(1, dtype=torch.int32, keepdim=True)
         if a_zero_point is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -53,42 +54,50 @@ def test_the_largest_magnitude_is_taken_of_bits(device: str, dims: list[int]) ->
     torch.testing.assert_close(compiled.output[0].cpu(), steps().abs().amax(dims, keepdim=True), rtol=0, atol=0, equal_nan=True)
 
 
-def other_range(x: Tensor) -> Tensor:
-    r = torch.round(x)
-    return torch.clamp(torch.where(r == r, r, 0.0), -100, 127).to(torch.int8)
+@dataclass(frozen=True)
+class NearMiss:
+    """reference.saturate(round(x)) but for one thing."""
+
+    low: int = -127
+    high: int = 127
+    for_nan: float = 0.0
+    rounding: Callable[[Tensor], Tensor] = torch.round
+    condition: Callable[[Tensor], Tensor] = torch.round
+    integer: torch.dtype = torch.int8
+    of: torch.dtype = torch.float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        r, other = self.rounding(x.to(self.of)), self.condition(x.to(self.of))
+        return torch.clamp(torch.where(r == other, r, self.for_nan), self.low, self.high).to(self.integer)
 
 
-def other_limit(x: Tensor) -> Tensor:
-    r = torch.round(x)
-    return torch.clamp(torch.where(r == r, r, 0.0), -127, 126).to(torch.int8)
+def halved(x: Tensor) -> Tensor:
+    return torch.round(x * 0.5)
 
 
-def another_value_for_nan(x: Tensor) -> Tensor:
-    r = torch.round(x)
-    return torch.clamp(torch.where(r == r, r, 5.0), -127, 127).to(torch.int8)
+NEAR_MISSES = {
+    "another lower limit": NearMiss(low=-100),
+    "another upper limit": NearMiss(high=126),
+    "another value for NaN": NearMiss(for_nan=5.0),
+    "another rounding": NearMiss(rounding=torch.floor, condition=torch.floor),
+    "another condition": NearMiss(condition=halved),
+    "another integer": NearMiss(integer=torch.int16),
+    "float16": NearMiss(of=torch.float16),
+}
 
 
-def other_rounding(x: Tensor) -> Tensor:
-    r = torch.floor(x)
-    return torch.clamp(torch.where(r == r, r, 0.0), -127, 127).to(torch.int8)
-
-
-def other_integer(x: Tensor) -> Tensor:
-    r = torch.round(x)
-    return torch.clamp(torch.where(r == r, r, 0.0), -127, 127).to(torch.int16)
-
-
-def narrow_float(x: Tensor) -> Tensor:
-    r = torch.round(x.half())
-    return torch.clamp(torch.where(r == r, r, 0.0), -127, 127).to(torch.int8)
-
-
-@pytest.mark.parametrize("fn", [other_range, other_limit, another_value_for_nan, other_rounding, other_integer, narrow_float])
-def test_near_misses_stay_as_they_are(device: str, fn: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_stay_as_they_are(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instructions, "make", lambda *args: pytest.fail("rewritten"))
+    fn = NEAR_MISSES[name]
     compiled = beside_a_linear(fn, device)
-    off = 1 if fn is narrow_float else 0  # Inductor computes a cast to float16 and back in float32
+    off = 1 if fn.of == torch.float16 else 0  # Inductor computes a cast to float16 and back in float32
     torch.testing.assert_close(compiled.output[0].cpu(), fn(steps()), rtol=0, atol=off)
+
+
+def test_the_pattern_of_the_near_misses_is_rewritten(device: str) -> None:
+    """With nothing else, so that the one thing is what each of them fails for."""
+    assert beside_a_linear(NearMiss(), device).has("round_to_int8")
 
 
 def test_a_graph_without_a_linear_and_plain_cpp_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,11 @@ from support import FLOATS, check_blocks, check_float, check_int8, examples, fre
 from torch import Tensor
 from torch._inductor.virtualized import V
 
-from int8_inductor import autotune, lowering, ops
+from int8_inductor import _compat, autotune, lowering, ops
 from int8_inductor.templates import TEMPLATES, persistent, tiled, vector
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
-from int8_inductor.templates.tail import ROW, SCALAR, Tail
+from int8_inductor.templates.tail import COLUMN, ROW, SCALAR, Tail
 from int8_inductor.templates.tiled import TiledConfig
 from int8_inductor.templates.vector import VectorConfig
 
@@ -113,7 +113,7 @@ def test_persistent_results_in_blocks(device: str, case: Case, block_size: int, 
 
 
 def test_persistent_with_symbolic_rows(device: str) -> None:
-    """One compilation for every M, none included."""
+    """One compilation for every M from 2 on."""
     case = Case(24, 70, 64, bias=torch.float32, activation="gelu", device=device)
     fixed = {name: case.operands()[name] for name in ("b", "b_scale", "bias")}
 
@@ -212,6 +212,31 @@ def test_when_the_vector_template_is_a_candidate() -> None:
         assert vector.candidates(one, device, Tail(SCALAR, SCALAR, block_size=128), thorough=False) == []
 
 
+# Which choice it was ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_that_a_kernel_came_from_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two choices the second is taken, and `chosen` knows which it was."""
+    problem, second = Problem(5, 33, 32, 32, tma=True), TiledConfig(32, 32, 32, 2, 4)
+    seen: list[int] = []
+
+    def select(name: str, choices: list[Any], inputs: list[Any], layout: Any) -> Any:
+        constants = tiled.constants(second, problem, DEVICES["sm_90"], tail)
+        tiled.template(tail).maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=None, **constants)
+        result = _compat.select_choice(name, choices[1:], inputs, layout)
+        seen.append(_compat.chosen(result, choices))
+        return result
+
+    tail = Tail(ROW, COLUMN, activation="none")
+    monkeypatch.setattr(autotune, "select_choice", select)
+    case = Case(5, 33, 32)
+    with only(tiled, TiledConfig(16, 32, 32, 2, 4)):
+        compiled = case.scaled_mm("triton")
+    assert seen == [1]
+    assert compiled.has("BLOCK_M : tl.constexpr = 32\n")
+    check_float(compiled.output, case.want())
+
+
 # Which configs are timed ----------------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +268,7 @@ def test_when_the_persistent_template_is_a_candidate() -> None:
     assert found(tail=Tail(SCALAR, SCALAR)) == [config for config in persistent.CONFIGS if not config.flatten]
     assert found(name="sm_80") == found(name="sm_120") == []
     assert found(Problem(8192, 8192, 8192, 8192, tma=False)) == []
-    assert found(Problem(64, 8192, 8192, 8192, tma=True)) == []
+    assert found(Problem(64, 8192, 8192, 8192, tma=True)) == found(Problem(1, 1, 8192, 8192, tma=True)) == []
     assert found(tail=Tail(SCALAR, SCALAR, a_zero_point=ROW, fast=True)) == []
     assert found(tail=Tail(SCALAR, SCALAR, block_size=128, fast=True)) == list(persistent.CONFIGS)
     assert found(tail=Tail(SCALAR, SCALAR, block_size=256, fast=True)) == []
