@@ -8,11 +8,10 @@ Its clock is not used either: Inductor times a kernel behind 20 us of other work
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._compat import chosen, select_choice
-from .templates import TEMPLATES
 from .templates.problem import Device, Problem
 from .templates.tail import Tail
 
@@ -33,12 +32,13 @@ def _median_ms(choice: Any, *args: Any, out: Any) -> float:
     return float(do_bench(run, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
 
 
-def _candidates(problem: Problem, gpu: Device, tail: Tail, *, thorough: bool) -> list[tuple[Any, Any]]:
-    return [(module, config) for module in TEMPLATES for config in module.candidates(problem, gpu, tail, thorough=thorough)]
+def _candidates(templates: Sequence[Any], problem: Problem, gpu: Device, tail: Tail, *, thorough: bool) -> list[tuple[Any, Any]]:
+    return [(module, config) for module in templates for config in module.candidates(problem, gpu, tail, thorough=thorough)]
 
 
 def autotune(
     name: str,
+    templates: tuple[Any, ...],
     tail: Tail,
     problem: Problem,
     gpu: Device,
@@ -51,11 +51,12 @@ def autotune(
 ) -> Any:
     """The TensorBox of the fastest choice's kernel.
 
-    inputs: realized operands, a and b first. mutated: those of them that the kernel writes. literals: constants of the tail. thorough: time all.
+    templates: the product's. inputs: realized operands: a and b, what else the main loops read, the tail's. mutated: those of them that the kernel
+    writes. literals: constants of the tail. thorough: time all.
     """
     on_cpu = layout.device.type == "cpu"
-    key = (tail, problem, gpu, layout.dtype, thorough, *((box.get_dtype(), tuple(box.get_stride())) for box in inputs))
-    pairs = [_WINNERS[key]] if key in _WINNERS else _candidates(problem, gpu, tail, thorough=thorough)
+    key = (templates, tail, problem, gpu, layout.dtype, thorough, *((box.get_dtype(), tuple(box.get_stride())) for box in inputs))
+    pairs = [_WINNERS[key]] if key in _WINNERS else _candidates(templates, problem, gpu, tail, thorough=thorough)
     if on_cpu:
         pairs = pairs[:1]  # times in the interpreter say nothing
     choices: list[Any] = []

@@ -15,7 +15,7 @@ strict: bool = Config(default=False, env_name_default="INT8_INDUCTOR_STRICT")
 """Raise `LeftBehindError` on the first quant, dequant or quantized linear that a pass leaves as it is."""
 
 kernel_preference: str = Config(default="auto", env_name_default="INT8_INDUCTOR_KERNEL_PREFERENCE")
-"""Which kernels run a scaled_mm: "auto", "triton" or "torch"; see `KernelPreference`."""
+"""Which kernels run a product: "auto", "triton" or "torch"; see `KernelPreference`."""
 
 if TYPE_CHECKING:
     from torch.utils._config_typing import *  # noqa: F403

@@ -20,7 +20,7 @@ __all__ = ["EPILOGUES", "Epilogue"]
 
 @dataclass(frozen=True)
 class Epilogue:
-    """A pointwise activation that a scaled_mm kernel applies to its float32 result.
+    """A pointwise activation that a kernel applies to its float32 result.
 
     name: the operator's `activation` argument.
     eager: Tensor -> Tensor of the same shape and dtype; the definition.

@@ -26,13 +26,13 @@ FEEDS = "feeds"
 FLOAT = "float"
 LEFT = "left"
 STATUSES = {
-    REWRITTEN: "part of a scaled_mm kernel",
-    FEEDS: "a quant that computes the int8 input of a scaled_mm, in a kernel of its own that Inductor fuses with what precedes it",
+    REWRITTEN: "part of a kernel of ours, such as scaled_mm",
+    FEEDS: "a quant that computes the int8 input of such a kernel, in a kernel of its own that Inductor fuses with what precedes it",
     FLOAT: "a linear that nobody quantized",
     LEFT: "left as it was; the reason says why",
 }
 TAG = "int8_inductor_linear"
-"""Key of a scaled_mm node's meta: the name of the linear that it came from."""
+"""Key of a product node's meta: the name of the linear that it came from."""
 
 
 class LeftBehindError(CompileError):
@@ -151,7 +151,7 @@ def publish(report: Report) -> None:
 
 
 def record_kernel(node: torch.fx.Node, kernel: str, epilogue: str) -> None:
-    """Note which kernel the scaled_mm `node` lowered to."""
+    """Note which kernel the product `node` lowered to."""
     log.debug("%s -> %s, epilogue %s", node.name, kernel, epilogue)
     report, name = _recording.get(), node.meta.get(TAG)
     if report is None or name is None:

@@ -1,4 +1,4 @@
-"""Kernel preference: which implementation runs a scaled_mm on which device."""
+"""Kernel preference: which implementation runs a product on which device."""
 
 from __future__ import annotations
 

@@ -1,153 +1,92 @@
-"""The operators `int8_inductor::scaled_mm` and `int8_inductor::scaled_mm_block_quant`: schema, checks, fake, and eager = reference.
+"""The operators in `torch.ops.int8_inductor`: two for each of PRODUCTS, made here of its schema, checks and eager definition.
 
-Both compute y = activation(scale(a @ b.T) + bias) from int8 a [M, K] and b [N, K]. The first stores y, as a float dtype or, given `out_scale`, as
-int8; the second stores y as int8 with scales of its own, one per row and block of columns. `torch.compile` lowers them to templates (lowering.py).
+Both compute y = activation(product + bias) in float32. `<name>` (scaled_mm, say) stores y as a float dtype or, given `out_scale`, as int8;
+`<name>_block_quant` stores y as int8 with scales of its own, one per row and block of columns. `torch.compile` lowers them (lowering.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from . import reference
 from .epilogues import EPILOGUES
+from .products import PRODUCTS, Product
+from .products.scaled_mm import SCALED_MM, ZERO_POINT_DTYPES
+from .products.types import agree, check_vector
 
-__all__ = ["KERNEL_PREFERENCES", "scaled_mm", "scaled_mm_block_quant"]
+__all__ = ["KERNEL_PREFERENCES", "OPERATORS", "STORING", "scaled_mm", "scaled_mm_block_quant"]
 
 KERNEL_PREFERENCES = ("auto", "triton", "torch")
 BLOCK_SIZES = (32, 64, 128)
 
-_OPERANDS = (
-    "Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero_point=None, Tensor? b_zero_point=None, Tensor? bias=None, *, "
-    'str activation="none", str kernel_preference="auto"'
-)
+_EPILOGUE = 'Tensor? bias=None, *, str activation="none", str kernel_preference="auto"'
+_STORE = "Tensor? out_scale=None, Tensor? out_zero_point=None, int out_quant_min=-128, ScalarType? out_dtype=None"
+_EPILOGUE_ARGUMENTS = ("bias", "activation", "kernel_preference")
+_STORE_ARGUMENTS = ("out_scale", "out_zero_point", "out_quant_min", "out_dtype")
 _library = torch.library.Library("int8_inductor", "DEF")
-_library.define(
-    f"scaled_mm({_OPERANDS}, Tensor? out_scale=None, Tensor? out_zero_point=None, int out_quant_min=-128, ScalarType? out_dtype=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(f"scaled_mm_block_quant({_OPERANDS}, int block_size=128) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("round_to_int8(Tensor t, int quant_min=-128) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _is(actual: Any, wanted: Any) -> bool:
-    """Whether two sizes agree. Where one depends on data and nothing tells yet, they have to: the compiled code asserts it."""
-    if guard_or_false(actual == wanted):
-        return True
-    if not guard_or_true(actual == wanted):
-        return False
-    torch._check(actual == wanted, lambda: f"scaled_mm: sizes {actual} and {wanted} must agree")
-    return True
+def bound(operator: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, however they were passed, defaults included."""
+    arguments = operator._schema.arguments
+    given = {each.name: value for each, value in zip(arguments, args, strict=False)} | dict(kwargs)
+    return {each.name: given.get(each.name, each.default_value) for each in arguments}
 
 
-def _check_vector(name: str, t: Tensor | None, size: Any, column: bool, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if t is None:
-        return
-    if t.dtype not in dtypes:
-        raise TypeError(f"scaled_mm: {name} must be one of {', '.join(map(str, dtypes))}, got {t.dtype}")
-    if t.device != device:
-        raise ValueError(f"scaled_mm: {name} must be on {device}, the device of a, got {t.device}")
-    if t.ndim <= 2 and guard_or_false(t.numel() == 1):
-        return
-    vector = (t.ndim == 1 or (t.ndim == 2 and column and _is(t.shape[1], 1))) and _is(t.shape[0], size)
-    if not vector:
-        raise ValueError(f"scaled_mm: {name} must have 1 element or shape [{size}]{f' or [{size}, 1]' if column else ''}, got {list(t.shape)}")
+def operands_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A product's own tensors and numbers, of all arguments of one of its operators."""
+    others = (*_EPILOGUE_ARGUMENTS, *_STORE_ARGUMENTS, "block_size")
+    return {name: value for name, value in given.items() if name not in others}
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ZERO_POINT_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
-_K_LIMITS = (
-    (reference.MAX_K, ""),
-    (reference.MAX_K_ZERO_POINT, " with a zero point"),
-    (reference.MAX_K_ZERO_POINTS, " with two zero points"),
-)
 
 
-def check_operands(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero_point: Tensor | None,
-    b_zero_point: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    kernel_preference: str,
-) -> None:
-    """Raise TypeError or ValueError, naming the argument, what came and what is allowed."""
-    for name, t in (("a", a), ("b", b)):
-        if t.dtype != torch.int8:
-            raise TypeError(f"scaled_mm: {name} must be torch.int8, got {t.dtype}")
-        if t.ndim != 2:
-            raise ValueError(f"scaled_mm: {name} must be a matrix, got shape {list(t.shape)}")
-    (m, k), n = a.shape, b.shape[0]
-    if not _is(b.shape[1], k):
-        raise ValueError(f"scaled_mm: a [M, K] and b [N, K] must agree in K, got {list(a.shape)} and {list(b.shape)}")
-    if guard_or_false(k == 0) or guard_or_false(n == 0):
-        raise ValueError(f"scaled_mm: N and K must be positive, got a {list(a.shape)} and b {list(b.shape)}")
-    limit, case = _K_LIMITS[(a_zero_point is not None) + (b_zero_point is not None)]
-    if k > limit:
-        raise ValueError(f"scaled_mm: K must be at most {limit}{case}, or int32 could overflow; got {k}")
-    if b.device != a.device:
-        raise ValueError(f"scaled_mm: b must be on {a.device}, the device of a, got {b.device}")
-    _check_vector("a_scale", a_scale, m, True, (torch.float32,), a.device)
-    _check_vector("b_scale", b_scale, n, True, (torch.float32,), a.device)
-    _check_vector("a_zero_point", a_zero_point, m, True, ZERO_POINT_DTYPES, a.device)
-    _check_vector("b_zero_point", b_zero_point, n, True, ZERO_POINT_DTYPES, a.device)
-    if bias is not None:
-        _check_vector("bias", bias, n, False, _FLOATS, a.device)
+def _check(product: Product, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(M, N). Raise TypeError or ValueError, naming the argument, what came and what is allowed."""
+    m, n = product.check(**operands_of(given))
+    bias, activation, kernel_preference = (given[name] for name in _EPILOGUE_ARGUMENTS)
+    check_vector(product.name, "bias", bias, n, column=False, dtypes=_FLOATS, device=given["a"].device)
     if activation not in EPILOGUES:
-        raise ValueError(f"scaled_mm: activation must be one of {', '.join(EPILOGUES)}, got {activation!r}")
+        raise ValueError(f"{product.name}: activation must be one of {', '.join(EPILOGUES)}, got {activation!r}")
     if kernel_preference not in KERNEL_PREFERENCES:
-        raise ValueError(f"scaled_mm: kernel_preference must be one of {', '.join(KERNEL_PREFERENCES)}, got {kernel_preference!r}")
+        raise ValueError(f"{product.name}: kernel_preference must be one of {', '.join(KERNEL_PREFERENCES)}, got {kernel_preference!r}")
+    return m, n
 
 
-def check_store(a: Tensor, out_scale: Tensor | None, out_zero_point: Tensor | None, out_quant_min: int, out_dtype: torch.dtype | None) -> None:
-    """Raise TypeError or ValueError for what says how scaled_mm stores its result."""
+def _check_store(product: Product, m: Any, given: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for what says how the result is stored."""
+    name, device = product.name, given["a"].device
+    out_scale, out_zero_point, out_quant_min, out_dtype = (given[each] for each in _STORE_ARGUMENTS)
     if out_scale is None:
         if out_zero_point is not None:
-            raise ValueError("scaled_mm: out_zero_point needs out_scale, got None")
+            raise ValueError(f"{name}: out_zero_point needs out_scale, got None")
         if out_dtype is not None and out_dtype not in reference.OUT_DTYPES:
-            raise TypeError(f"scaled_mm: out_dtype must be one of {', '.join(map(str, reference.OUT_DTYPES))}, got {out_dtype}")
+            raise TypeError(f"{name}: out_dtype must be one of {', '.join(map(str, reference.OUT_DTYPES))}, got {out_dtype}")
         return
     if out_dtype not in (None, torch.int8):
-        raise TypeError(f"scaled_mm: out_dtype must be torch.int8 or None with out_scale, got {out_dtype}")
+        raise TypeError(f"{name}: out_dtype must be torch.int8 or None with out_scale, got {out_dtype}")
     if out_quant_min not in (reference.INT8_MIN, reference.SYMMETRIC_MIN):
-        raise ValueError(f"scaled_mm: out_quant_min must be -128 or -127, got {out_quant_min}")
-    _check_vector("out_scale", out_scale, a.shape[0], True, (torch.float32,), a.device)
-    _check_vector("out_zero_point", out_zero_point, a.shape[0], True, ZERO_POINT_DTYPES, a.device)
+        raise ValueError(f"{name}: out_quant_min must be -128 or -127, got {out_quant_min}")
+    check_vector(name, "out_scale", out_scale, m, column=True, dtypes=(torch.float32,), device=device)
+    check_vector(name, "out_zero_point", out_zero_point, m, column=True, dtypes=ZERO_POINT_DTYPES, device=device)
 
 
-def _column(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(-1, 1)
+def _check_block_size(product: Product, n: Any, block_size: int) -> None:
+    name = f"{product.name}_block_quant"
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{name}: block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+    if not agree(name, n % block_size, 0):
+        raise ValueError(f"{name}: N must be a multiple of block_size {block_size}, got {n}")
 
 
-def _row(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(-1)
-
-
-IntMm = Callable[[Tensor, Tensor], Tensor]
-
-
-def linear_eager(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero_point: Tensor | None = None,
-    b_zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "none",
-    int_mm: IntMm = reference.int_mm,
-) -> Tensor:
-    """activation(scale(a @ b.T) + bias) in float32 [M, N]; `int_mm` is the exact int8 product that it is built on."""
-    y = reference.scale_accumulator(int_mm(a, b), a, b, a_scale.reshape(-1, 1), b_scale.reshape(-1), _column(a_zero_point), _row(b_zero_point), bias)
-    return EPILOGUES[activation].eager(y)
+def linear_eager(y: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """activation(y + bias) in float32 for the result y [M, N] of a product."""
+    return EPILOGUES[activation].eager(y if bias is None else y + bias.float())
 
 
 def store_eager(
@@ -157,102 +96,70 @@ def store_eager(
     out_quant_min: int = reference.INT8_MIN,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """What scaled_mm stores of its float32 result y [M, N]: int8 when there is an `out_scale` ([1] or [M, 1]), else `out_dtype` (float32)."""
+    """What is stored of a float32 result y [M, N]: int8 when there is an `out_scale` ([1] or [M, 1]), else `out_dtype` (float32)."""
     if out_scale is None:
         return y.to(out_dtype or torch.float32)
-    return reference.quantize(y, out_scale.reshape(-1, 1), _column(out_zero_point), out_quant_min)
+    shift = None if out_zero_point is None else out_zero_point.reshape(-1, 1)
+    return reference.quantize(y, out_scale.reshape(-1, 1), shift, out_quant_min)
 
 
-def _scaled_mm_eager(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero_point: Tensor | None = None,
-    b_zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "none",
-    kernel_preference: str = "auto",
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    out_quant_min: int = -128,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    check_operands(a, b, a_scale, b_scale, a_zero_point, b_zero_point, bias, activation, kernel_preference)
-    check_store(a, out_scale, out_zero_point, out_quant_min, out_dtype)
-    y = linear_eager(a, b, a_scale, b_scale, a_zero_point, b_zero_point, bias, activation=activation)
-    return store_eager(y, out_scale, out_zero_point, out_quant_min, out_dtype)
+def stored_dtype(given: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that the first operator of a product stores."""
+    return torch.int8 if given["out_scale"] is not None else given["out_dtype"] or torch.float32
 
 
-def _scaled_mm_fake(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero_point: Tensor | None = None,
-    b_zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "none",
-    kernel_preference: str = "auto",
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    out_quant_min: int = -128,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    check_operands(a, b, a_scale, b_scale, a_zero_point, b_zero_point, bias, activation, kernel_preference)
-    check_store(a, out_scale, out_zero_point, out_quant_min, out_dtype)
-    dtype = torch.int8 if out_scale is not None else out_dtype or torch.float32
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+def _define_storing(product: Product) -> None:
+    """The operator that stores floats, or int8 with a given scale."""
+
+    def checked(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+        given = bound(product.operator, args, kwargs)
+        m, n = _check(product, given)
+        _check_store(product, m, given)
+        return given, m, n
+
+    def eager(*args: Any, **kwargs: Any) -> Tensor:
+        given, *_ = checked(args, kwargs)
+        y = linear_eager(product.eager(**operands_of(given)), given["bias"], given["activation"])
+        return store_eager(y, *(given[name] for name in _STORE_ARGUMENTS))
+
+    def fake(*args: Any, **kwargs: Any) -> Tensor:
+        given, m, n = checked(args, kwargs)
+        a: Tensor = given["a"]
+        return a.new_empty((m, n), dtype=stored_dtype(given))
+
+    _define(product.name, f"({product.operands}, {_EPILOGUE}, {_STORE}) -> Tensor", eager, fake)
 
 
-def _check_block_size(n: Any, block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"scaled_mm_block_quant: block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
-    if not _is(n % block_size, 0):
-        raise ValueError(f"scaled_mm_block_quant: N must be a multiple of block_size {block_size}, got {n}")
+def _define_block_quant(product: Product) -> None:
+    """The operator that stores int8 in blocks of columns, and their scales."""
+
+    def checked(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+        given = bound(product.block_quant, args, kwargs)
+        m, n = _check(product, given)
+        _check_block_size(product, n, given["block_size"])
+        return given, m, n
+
+    def eager(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        given, *_ = checked(args, kwargs)
+        y = linear_eager(product.eager(**operands_of(given)), given["bias"], given["activation"])
+        return reference.quantize_blocks(y, given["block_size"])
+
+    def fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        given, m, n = checked(args, kwargs)
+        a: Tensor = given["a"]
+        return a.new_empty((m, n), dtype=torch.int8), a.new_empty((m, n // given["block_size"]), dtype=torch.float32)
+
+    _define(f"{product.name}_block_quant", f"({product.operands}, {_EPILOGUE}, int block_size=128) -> (Tensor, Tensor)", eager, fake)
 
 
-def _scaled_mm_block_quant_eager(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero_point: Tensor | None = None,
-    b_zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "none",
-    kernel_preference: str = "auto",
-    block_size: int = 128,
-) -> tuple[Tensor, Tensor]:
-    check_operands(a, b, a_scale, b_scale, a_zero_point, b_zero_point, bias, activation, kernel_preference)
-    _check_block_size(b.shape[0], block_size)
-    y = linear_eager(a, b, a_scale, b_scale, a_zero_point, b_zero_point, bias, activation=activation)
-    return reference.quantize_blocks(y, block_size)
-
-
-def _scaled_mm_block_quant_fake(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero_point: Tensor | None = None,
-    b_zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "none",
-    kernel_preference: str = "auto",
-    block_size: int = 128,
-) -> tuple[Tensor, Tensor]:
-    check_operands(a, b, a_scale, b_scale, a_zero_point, b_zero_point, bias, activation, kernel_preference)
-    m, n = a.shape[0], b.shape[0]
-    _check_block_size(n, block_size)
-    return a.new_empty((m, n)), a.new_empty((m, n // block_size), dtype=torch.float32)
+def _define(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"int8_inductor::{name}", fake, lib=_library)
 
 
 def round_to_int8_eager(t: Tensor, quant_min: int = reference.INT8_MIN) -> Tensor:
+    """float32 steps t as int8, rounded to nearest even and saturated to [quant_min, 127]; NaN becomes 0."""
     _check_round_to_int8(t, quant_min)
     return reference.saturate(torch.round(t), None, quant_min)
 
@@ -269,13 +176,16 @@ def _check_round_to_int8(t: Tensor, quant_min: int) -> None:
         raise ValueError(f"round_to_int8: quant_min must be -128 or -127, got {quant_min}")
 
 
-_library.impl("round_to_int8", round_to_int8_eager, "CompositeExplicitAutograd")
-torch.library.register_fake("int8_inductor::round_to_int8", _round_to_int8_fake, lib=_library)
-_library.impl("scaled_mm", _scaled_mm_eager, "CompositeExplicitAutograd")
-_library.impl("scaled_mm_block_quant", _scaled_mm_block_quant_eager, "CompositeExplicitAutograd")
-torch.library.register_fake("int8_inductor::scaled_mm", _scaled_mm_fake, lib=_library)
-torch.library.register_fake("int8_inductor::scaled_mm_block_quant", _scaled_mm_block_quant_fake, lib=_library)
+for _product in PRODUCTS:
+    _define_storing(_product)
+    _define_block_quant(_product)
+_define("round_to_int8", "(Tensor t, int quant_min=-128) -> Tensor", round_to_int8_eager, _round_to_int8_fake)
 
-scaled_mm = torch.ops.int8_inductor.scaled_mm.default
-scaled_mm_block_quant = torch.ops.int8_inductor.scaled_mm_block_quant.default
+STORING: dict[Any, Product] = {product.operator: product for product in PRODUCTS}
+"""The operators that store floats or int8 with a given scale, and whose they are."""
+OPERATORS: frozenset[Any] = frozenset(operator for product in PRODUCTS for operator in (product.operator, product.block_quant))
+"""All operators of PRODUCTS."""
+
+scaled_mm = SCALED_MM.operator
+scaled_mm_block_quant = SCALED_MM.block_quant
 round_to_int8 = torch.ops.int8_inductor.round_to_int8.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from support import run
 from torch import Tensor
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-from int8_inductor import autotune, lowering, ops
+from int8_inductor import lowering, ops
 from int8_inductor._compat import triton_version
-from int8_inductor.templates import TEMPLATES, persistent, tiled, vector
+from int8_inductor.templates import LOWERINGS, persistent, tiled, vector
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
 from int8_inductor.templates.tail import COLUMN, ROW, SCALAR, Tail
@@ -93,7 +94,8 @@ class Case:
 def cases(capability: int) -> Iterator[Case]:
     """The kernels to build for an architecture: all, or, in CI, each config at least for one before Hopper and for Hopper."""
     if THOROUGH:
-        yield from (Case(tail, width, config, each) for tail in TAILS for width in LENGTHS for each in TEMPLATES for config in each.CONFIGS)
+        templates = LOWERINGS["scaled_mm"].templates
+        yield from (Case(tail, width, config, each) for tail in TAILS for width in LENGTHS for each in templates for config in each.CONFIGS)
         return
     main = {80: (ZERO_POINT, CONFIGS), 90: (GELU, CONFIGS)}.get(capability, (GELU, FEW))
     yield from (Case(main[0], 16, config) for config in main[1])
@@ -121,7 +123,7 @@ def render(tail: str, copy_bytes: int, config: TiledConfig | PersistentConfig | 
     for each in (inputs[0], inputs[2], inputs[5]) if rows > 1 else ():
         torch._dynamo.mark_dynamic(each, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autotune, "TEMPLATES", (template,))
+        patch.setitem(LOWERINGS, "scaled_mm", dataclasses.replace(LOWERINGS["scaled_mm"], templates=(template,)))
         patch.setattr(template, "candidates", lambda *args, **kwargs: [config])
         patch.setattr(lowering, "_has_ptx", lambda device: True)
         patch.setattr(CachingAutotuner, "run", lambda *args, **kwargs: None)  # a kernel for a GPU: it is looked at, not run

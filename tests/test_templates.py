@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch._inductor.virtualized import V
 
 from int8_inductor import _compat, autotune, lowering, ops
-from int8_inductor.templates import TEMPLATES, persistent, tiled, vector
+from int8_inductor.templates import LOWERINGS, persistent, tiled, vector
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
 from int8_inductor.templates.tail import COLUMN, ROW, SCALAR, Tail
@@ -38,7 +39,7 @@ FLAT = PersistentConfig(64, 64, 64, 2, 4, programs=2, flatten=True)
 def only(module: Any, config: Any) -> Iterator[None]:
     """Lower to one config of one template."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autotune, "TEMPLATES", (module,))
+        patch.setitem(LOWERINGS, "scaled_mm", dataclasses.replace(LOWERINGS["scaled_mm"], templates=(module,)))
         patch.setattr(autotune, "_WINNERS", {})
         patch.setattr(module, "candidates", lambda *args, **kwargs: [config])
         yield
@@ -136,7 +137,7 @@ def problem_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> Problem:
     """What the lowering takes the operands of `case` for; the result is checked too."""
     seen: list[Problem] = []
     make = lowering._problem
-    monkeypatch.setattr(lowering, "_problem", lambda a, b: seen.append(make(a, b)) or seen[-1])
+    monkeypatch.setattr(lowering, "_problem", lambda *args: seen.append(make(*args)) or seen[-1])
     check_float(case.scaled_mm("triton").output, case.want())
     (problem,) = seen
     return problem
@@ -254,7 +255,7 @@ def test_candidates_are_legal_few_and_never_none(sizes: tuple[int, int, int], na
     for config in thorough:
         assert config.shared_memory() <= device.shared_memory
         assert block_size is None or config.block_n % block_size == 0
-    assert sum(len(module.candidates(problem, device, tail, thorough=False)) for module in TEMPLATES) <= 12
+    assert sum(len(module.candidates(problem, device, tail, thorough=False)) for module in LOWERINGS["scaled_mm"].templates) <= 12
 
 
 def test_when_the_persistent_template_is_a_candidate() -> None:

@@ -78,7 +78,7 @@ SOURCES = sources_digest(Path(__file__).resolve().parent.parent)
 
 
 class Int8Pass(CustomGraphPass):
-    """Runs PASSES over a joint graph and publishes the report. `kernel_preference`: for the scaled_mm nodes that it makes; None: config's."""
+    """Runs PASSES over a joint graph and publishes the report. `kernel_preference`: for the nodes that it makes; None: config's."""
 
     def __init__(self, kernel_preference: str | KernelPreference | None = None) -> None:
         self._preference = None if kernel_preference is None else parse(kernel_preference)

@@ -21,7 +21,6 @@ from ..explain import FEEDS, FLOAT, LEFT, REWRITTEN, TAG, Entry, Report
 aten, prims = torch.ops.aten, torch.ops.prims
 
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-SCALED_MM = ops.scaled_mm
 
 
 class Declined(Exception):
@@ -188,7 +187,7 @@ class Ledger:
         for node, entry in self.quants.items():
             if node not in alive:
                 entry.status, entry.reason = REWRITTEN, ""
-            elif _feeds_scaled_mm(node):
+            elif _feeds_product(node):
                 entry.status = FEEDS
         entries = [*self.linears.values(), *self.quants.values(), *self.dequants.values()]
         return Report(sorted(entries, key=lambda entry: self.order[entry.name]))
@@ -213,10 +212,10 @@ def _ends(node: Node) -> list[Node]:
     return ends
 
 
-def _feeds_scaled_mm(quant: Node) -> bool:
+def _feeds_product(quant: Node) -> bool:
     """Whether every use of an int8 value, through views, ends as an operand of one of our operators."""
     ends = _ends(quant)
-    return bool(ends) and all(end.target in (ops.scaled_mm, ops.scaled_mm_block_quant) for end in ends)
+    return bool(ends) and all(end.target in ops.OPERATORS for end in ends)
 
 
 _FRAME_LOCAL = re.compile(r"^[LG]\['\w+'\]\.?")
@@ -233,7 +232,7 @@ def _source(node: Node) -> str:
     return lines[-1].split(", in ")[0].removeprefix("File ") if lines else ""
 
 
-def emit(graph: Graph, like: Node, name: str, arguments: dict[str, Any], target: Any = SCALED_MM) -> Node:
+def emit(graph: Graph, like: Node, name: str, target: Any, arguments: dict[str, Any]) -> Node:
     """A call of one of our operators with `arguments` by name, tagged with the linear that it computes."""
     schema = target._schema.arguments
     positional = [arguments.get(each.name) for each in schema if not each.kwarg_only]

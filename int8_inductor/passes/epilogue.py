@@ -1,11 +1,11 @@
-"""scaled_mm -> bias -> activation -> cast, folded into the operator.
+"""product -> bias -> activation -> cast, folded into the operator.
 
     view(scaled_mm(...)) + bias        ->  view(scaled_mm(..., bias=bias))
     gelu(cast(view(scaled_mm(...))))   ->  view(scaled_mm(..., activation="gelu"))
     scaled_mm(...).to(bfloat16)        ->  scaled_mm(..., out_dtype=bfloat16)
 
 The activations are those of EPILOGUES: each one's pattern is its eager function (and its other spellings), traced and decomposed as Inductor does
-it with the model. A scaled_mm whose own value something else needs too (a backward pass, say) is left as it is.
+it with the model. A product whose own value something else needs too (a backward pass, say) is left as it is.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .. import reference
+from .. import ops, reference
 from ..epilogues import EPILOGUES, Epilogue
 from ..explain import TAG
-from .base import SCALED_MM, Path, arguments_of, aten, emit, is_exact, is_float_cast, make, prims, same, shared, used_only_by, val, walk_back, widened
+from .base import Path, arguments_of, aten, emit, is_exact, is_float_cast, make, prims, same, shared, used_only_by, val, walk_back, widened
 
 BIAS = PatternMatcherPass(pass_name="int8_inductor_bias")
 OUT_DTYPE = PatternMatcherPass(pass_name="int8_inductor_out_dtype")
 
 
 def producer(node: Node, users: list[Node]) -> tuple[Node, Path] | None:
-    """The scaled_mm that `node` shows through transparent ops, when nothing but `users` (of `node`) and the path between needs its value."""
+    """The product that `node` shows through transparent ops, when nothing but `users` (of `node`) and the path between needs its value."""
     source, path = walk_back(node)
-    if source.target is not SCALED_MM or not used_only_by(node, users) or shared(source, path) is not None:
+    if source.target not in ops.STORING or not used_only_by(node, users) or shared(source, path) is not None:
         return None
     return source, path
 
 
-def refold(root: Node, scaled_mm: Node, path: Path, target: Any = SCALED_MM, **updates: Any) -> Node:
-    """A scaled_mm with changed arguments just before `root`; on the old path, its value stands for root's. Returns the new scaled_mm."""
-    arguments = {**arguments_of(scaled_mm), **updates}
-    return emit(root.graph, root, scaled_mm.meta[TAG], arguments, target)
+def refold(root: Node, product: Node, path: Path, target: Any = None, **updates: Any) -> Node:
+    """A product with changed arguments just before `root`; on the old path, its value stands for root's. target: another operator of it."""
+    arguments = {**arguments_of(product), **updates}
+    return emit(root.graph, root, product.meta[TAG], target or product.target, arguments)
 
 
-def _replace(root: Node, scaled_mm: Node, path: Path, **updates: Any) -> None:
+def _replace(root: Node, product: Node, path: Path, **updates: Any) -> None:
     graph = root.graph
     with graph.inserting_before(root):
-        folded = refold(root, scaled_mm, path, out_dtype=val(root).dtype, **updates)
+        folded = refold(root, product, path, out_dtype=val(root).dtype, **updates)
         root.replace_all_uses_with(path.replay(graph, folded))
 
 
-def _plain(scaled_mm: Node) -> bool:
+def _plain(product: Node) -> bool:
     """Whether nothing follows the bias yet."""
-    arguments = arguments_of(scaled_mm)
+    arguments = arguments_of(product)
     return arguments["activation"] == "none" and arguments["out_scale"] is None
 
 
@@ -72,23 +72,23 @@ def _fold_bias(root: Node, x: Any, bias: Any) -> bool:
     found = producer(x, [root])
     if found is None:
         return False
-    scaled_mm, path = found
+    product, path = found
     shape = list(val(bias).shape)
-    vector = bool(shape) and same(shape[-1], val(scaled_mm).shape[1]) and all(same(size, 1) for size in shape[:-1])
+    vector = bool(shape) and same(shape[-1], val(product).shape[1]) and all(same(size, 1) for size in shape[:-1])
     if not (vector and path.keeps_last and val(bias).dtype in reference.OUT_DTYPES and val(bias).device == val(root).device):
         return False
-    if len(shape) > val(x).ndim or not _plain(scaled_mm) or arguments_of(scaled_mm)["bias"] is not None:
+    if len(shape) > val(x).ndim or not _plain(product) or arguments_of(product)["bias"] is not None:
         return False
     bias = widened(bias)
     with root.graph.inserting_before(root):
         vector_bias = bias if len(shape) == 1 else make(root.graph, root, aten.reshape.default, bias, [-1])
-    _replace(root, scaled_mm, path, bias=vector_bias)
+    _replace(root, product, path, bias=vector_bias)
     return True
 
 
 @register_graph_pattern(CallFunction(aten.add.Tensor, KeywordArg("x"), KeywordArg("bias"), _users=MULTIPLE), pass_dict=BIAS)
 def fold_bias(match: Match, x: Any, bias: Any) -> None:
-    """scaled_mm + bias [N], in either order."""
+    """product + bias [N], in either order."""
     root = match.output_node()
     if not is_exact(match):
         return
@@ -98,17 +98,17 @@ def fold_bias(match: Match, x: Any, bias: Any) -> None:
 
 @register_graph_pattern(CallFunction(prims.convert_element_type.default, KeywordArg("x"), KeywordArg("dtype"), _users=MULTIPLE), pass_dict=OUT_DTYPE)
 def fold_cast(match: Match, x: Node, dtype: torch.dtype) -> None:
-    """scaled_mm -> cast to a narrower float dtype: stored as that dtype."""
+    """product -> cast to a narrower float dtype: stored as that dtype."""
     root = match.output_node()
     if not is_float_cast(root):
         return
     found = producer(x, [root])
     if found is None or any(is_float_cast(node) for node in found[1].nodes):
         return
-    scaled_mm, path = found
+    product, path = found
     # To a narrower dtype only: a wider one would cost memory traffic, and undo the rounding that the model asked for.
-    if arguments_of(scaled_mm)["out_scale"] is None and dtype.itemsize < val(scaled_mm).dtype.itemsize:
-        _replace(root, scaled_mm, path)
+    if arguments_of(product)["out_scale"] is None and dtype.itemsize < val(product).dtype.itemsize:
+        _replace(root, product, path)
 
 
 def trace_pattern(fn: Callable[..., Any], *shape: int, dtype: torch.dtype = torch.float32) -> PatternExpr:

@@ -65,6 +65,6 @@ def largest_bits(match: Match, x: Node, dims: Any, keepdim: Any) -> None:
 
 
 def use_fewer_instructions(graph: Graph) -> None:
-    """Run the patterns over a graph that has a scaled_mm; one with nothing quantized stays as it is."""
-    if any(graph.find_nodes(op="call_function", target=target) for target in (ops.scaled_mm, ops.scaled_mm_block_quant)):
+    """Run the patterns over a graph that has one of our products; one with nothing quantized stays as it is."""
+    if any(graph.find_nodes(op="call_function", target=target) for target in ops.OPERATORS):
         INSTRUCTIONS.apply(graph)

@@ -1,4 +1,4 @@
-"""From a dequant to operands: scales and zero points as the vectors that scaled_mm takes, or a reason why they cannot be."""
+"""From a dequant to operands: scales and zero points as the vectors that operators take, or a reason why they cannot be."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .. import ops
+from ..products.scaled_mm import ZERO_POINT_DTYPES
 from .base import Declined, Path, aten, make, prims, same, val
 from .dialects import Dequant, Value, varying_dims
 
-__all__ = ["Factor", "activation_factors", "read_factor", "weight_factors"]
+__all__ = ["Factor", "activation_factors", "check_sizes", "read_factor", "weight_factors"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Factor:
             return make(graph, like, aten.full.default, [1], number, dtype=dtype or torch.int32, device=val(like).device)
         node = self.value
         if dtype is None:
-            dtype = val(node).dtype if val(node).dtype in ops.ZERO_POINT_DTYPES else torch.int32
+            dtype = val(node).dtype if val(node).dtype in ZERO_POINT_DTYPES else torch.int32
         if val(node).dtype != dtype:
             node = make(graph, like, prims.convert_element_type.default, node, dtype)
         if self.inverse:
@@ -106,3 +106,15 @@ def weight_factors(dequant: Dequant, path: Path) -> tuple[Factor, Factor | None,
     if dequant.axis is None or not isinstance(zero_point.value, Node):
         raise Declined("the weight has a zero point")
     return scale, zero_point, transposed
+
+
+def check_sizes(a: Node, b: Node, limit: int) -> None:
+    """Declined where a product of a [..., K] and b [K, N] is empty, or K is unknown or beyond `limit`, where int32 could overflow."""
+    *rows, k = val(a).shape
+    for name, sizes in (("M", rows), ("N", val(b).shape[-1:]), ("K", [k])):
+        if any(same(size, 0) for size in sizes):
+            raise Declined(f"{name} is 0")
+    if not isinstance(k, int):
+        raise Declined("K is symbolic")
+    if k > limit:
+        raise Declined(f"K is {k}: beyond {limit} int32 could overflow")

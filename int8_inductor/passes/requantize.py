@@ -1,4 +1,4 @@
-"""scaled_mm -> quant, folded into the operator.
+"""product -> quant, folded into the operator.
 
     quantize(view(cast(scaled_mm(...))), scale)              ->  view(scaled_mm(..., out_scale=scale))               int8 out
     quantize of [M, N / 128, 128] blocks by their own amax    ->  scaled_mm_block_quant(..., block_size=128)          int8 and scales
@@ -18,7 +18,7 @@ from torch._inductor.pattern_matcher import Match, PatternExpr
 from torch.fx import Graph, Node
 
 from .. import ops, reference
-from .base import SCALED_MM, Declined, Path, arguments_of, aten, getitem, make, same, shared, val, walk_back
+from .base import Declined, Path, arguments_of, aten, getitem, make, same, shared, val, walk_back
 from .context import current
 from .dialects import Quant, find_quant
 from .epilogue import is_nan, refold, trace_pattern
@@ -28,7 +28,7 @@ __all__ = ["fold_quants"]
 
 
 def fold_quants(graph: Graph) -> None:
-    """Fold every quant of `graph` that follows a scaled_mm into it; name the others in the ledger, with the reason."""
+    """Fold every quant of `graph` that follows a product into it; name the others in the ledger, with the reason."""
     for node in list(graph.nodes):
         quant = find_quant(node)
         if quant is None:
@@ -47,26 +47,26 @@ def _fold(quant: Quant) -> None:
         raise Declined(quant.problem)
     if quant.quant_max != reference.INT8_MAX or quant.quant_min not in (reference.INT8_MIN, reference.SYMMETRIC_MIN):
         raise Declined(f"it clamps to [{quant.quant_min:g}, {quant.quant_max:g}], not to int8's range")
-    scaled_mm, path = walk_back(quant.x)
-    if scaled_mm.target is not SCALED_MM:
+    product, path = walk_back(quant.x)
+    if product.target not in ops.STORING:
         raise Declined("no linear comes right before it")
-    blocks = _match_blocks(quant, scaled_mm, path)
+    blocks = _match_blocks(quant, product, path)
     if blocks is not None:
-        _fold_blocks(quant, scaled_mm, blocks)
+        _fold_blocks(quant, product, blocks)
         return
     for name, value in (("scale", quant.scale), ("zero point", quant.zero_point)):
-        if isinstance(value, Node) and _depends_on(value, scaled_mm):
+        if isinstance(value, Node) and _depends_on(value, product):
             raise Declined(f"its {name} is computed from the value that it quantizes")
-    other = shared(scaled_mm, path) or (None if _only_for(quant.x, {quant.node}) else quant.x)
+    other = shared(product, path) or (None if _only_for(quant.x, {quant.node}) else quant.x)
     if other is not None:
         raise Declined(f"the float value {other.name} has another user")
-    arguments = arguments_of(scaled_mm)
+    arguments = arguments_of(product)
     if arguments["out_scale"] is not None:
         raise Declined("the linear stores int8 already")
     rows = set(range(val(quant.x).ndim - 1))
     scale = read_factor(quant.scale, quant.axis, quant.x, rows, "quant's scale", quant.inverse)
     zero_point = None if quant.zero_point is None else read_factor(quant.zero_point, quant.axis, quant.x, rows, "quant's zero point")
-    _check_rows([f for f in (scale, zero_point) if f is not None], path, scaled_mm)
+    _check_rows([f for f in (scale, zero_point) if f is not None], path, product)
     graph = quant.node.graph
     with graph.inserting_before(quant.node):
         updates: dict[str, Any] = {
@@ -75,11 +75,11 @@ def _fold(quant: Quant) -> None:
             "out_quant_min": int(quant.quant_min),
             "out_dtype": None,
         }
-        folded = refold(quant.node, scaled_mm, path, **updates)
+        folded = refold(quant.node, product, path, **updates)
         quant.node.replace_all_uses_with(path.replay(graph, folded))
 
 
-def _check_rows(factors: list[Factor], path: Path, scaled_mm: Node) -> None:
+def _check_rows(factors: list[Factor], path: Path, product: Node) -> None:
     """A per-row factor has the rows of what is quantized: they must be the product's, in order."""
     if not any(factor.per_row for factor in factors):
         return
@@ -112,7 +112,7 @@ def _block_scale_pattern() -> PatternExpr:
     return trace_pattern(lambda x: reference.choose_scale_symmetric(x, [-1]), 4, 2, 128)
 
 
-def _match_blocks(quant: Quant, scaled_mm: Node, path: Path) -> _Blocks | None:
+def _match_blocks(quant: Quant, product: Node, path: Path) -> _Blocks | None:
     """The dynamic per-row-block quantization of reference.quantize_blocks, or None."""
     shape = val(quant.x).shape
     if not isinstance(quant.scale, Node) or len(shape) != 3 or quant.zero_point is not None or quant.inverse:
@@ -123,20 +123,20 @@ def _match_blocks(quant: Quant, scaled_mm: Node, path: Path) -> _Blocks | None:
     return _Blocks(quant.scale, int(shape[-1])) if isinstance(shape[-1], int) else None
 
 
-def _fold_blocks(quant: Quant, scaled_mm: Node, blocks: _Blocks) -> None:
-    (m, n), shape = val(scaled_mm).shape, val(quant.x).shape
+def _fold_blocks(quant: Quant, product: Node, blocks: _Blocks) -> None:
+    (m, n), shape = val(product).shape, val(quant.x).shape
     if blocks.size not in ops.BLOCK_SIZES:
         raise Declined(f"it quantizes blocks of {blocks.size} columns, not of {', '.join(map(str, ops.BLOCK_SIZES))}")
     if not (same(shape[0], m) and same(shape[1] * shape[2], n)) or quant.quant_min != reference.SYMMETRIC_MIN:
         raise Declined("its blocks are not blocks of the linear's columns")
     _, path = walk_back(quant.x)
-    if shared(scaled_mm, path) is not None or arguments_of(scaled_mm)["out_scale"] is not None:
+    if shared(product, path) is not None or arguments_of(product)["out_scale"] is not None:
         raise Declined("the float value has another user")
     if not _only_for(quant.x, {quant.node, blocks.scale}):
         raise Declined("the float value has another user")
     graph = quant.node.graph
     with graph.inserting_before(blocks.scale):
-        both = refold(blocks.scale, scaled_mm, path, ops.scaled_mm_block_quant, block_size=blocks.size)
+        both = refold(blocks.scale, product, path, ops.STORING[product.target].block_quant, block_size=blocks.size)
         q, scale = getitem(graph, both, 0), getitem(graph, both, 1)
         q_blocks = path.replay(graph, q)
         scale_blocks = make(graph, blocks.scale, aten.unsqueeze.default, scale, -1)

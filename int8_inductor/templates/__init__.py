@@ -1,9 +1,13 @@
-"""TEMPLATES: the Triton main loops that scaled_mm can lower to. One module each; the tail they share is in tail.py.
+"""LOWERINGS: how each of PRODUCTS lowers. One object each, with its templates, the Triton main loops; the tail they all share is in tail.py.
 
-A module has CONFIGS; `is_legal(config, problem, device, tail)`; `candidates(problem, device, tail, thorough=)`, the configs worth timing;
-`constants(config, problem, device, tail)`, a config as launch constants; and `template(tail)`, the TritonTemplate.
+A template is a module with CONFIGS; `is_legal(config, problem, device, tail)`; `candidates(problem, device, tail, thorough=)`, the configs worth
+timing; `constants(config, problem, device, tail)`, a config as launch constants; and `template(tail)`, the TritonTemplate.
 """
 
-from . import persistent, tiled, vector
+from . import scaled_mm
+from .types import Lowering
 
-TEMPLATES = (tiled, persistent, vector)
+__all__ = ["LOWERINGS", "Lowering"]
+
+LOWERINGS: dict[str, Lowering] = {each.product.name: each for each in (scaled_mm.LOWERING,)}
+"""By the product's name."""

@@ -104,7 +104,7 @@ def source(tail: Tail) -> str:
 
 def template(tail: Tail) -> Any:
     """The TritonTemplate with that tail."""
-    return triton_template("persistent", "persistent_mm_grid", source(tail), tail)
+    return triton_template("int8_scaled_mm_persistent", "persistent_mm_grid", source(tail), tail)
 
 
 def constants(config: PersistentConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, object]:

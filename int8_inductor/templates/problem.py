@@ -9,11 +9,12 @@ __all__ = ["INTERPRETER", "TILE_ORDER", "Device", "Problem", "padded", "tiles"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A product of a [M, K] and b [N, K].
+    """A product of a [M, K] and a weight b of N rows.
 
     m, n, k: sizes, or what symbolic ones are compiled for. static_k: K where it is known at compile time. tma: whether both operands can be read
     through tensor descriptors, whatever the symbolic sizes are: K contiguous, and rows and their beginning at multiples of 16 bytes.
-    one_row: whether M is known to be 1.
+    one_row: whether M is known to be 1. groups: what a product's main loop must know of its own operands, as the sizes of their groups or blocks.
+    a_bytes: bytes of an element of a.
     """
 
     m: int
@@ -22,6 +23,8 @@ class Problem:
     static_k: int | None
     tma: bool
     one_row: bool = False
+    groups: tuple[int, ...] = ()
+    a_bytes: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
-"""The tail that every scaled_mm template shares: from the int32 accumulator to the stored tile.
+"""The tail that every template shares: from the accumulator to the stored tile.
 
 A `Tail` says which operands there are and how each is indexed; `Tail.source()` writes the Triton text. Around it a template supplies `dot`
-(int32 [BLOCK_M, BLOCK_N]), the index vectors `rm` and `rn`, their in-range twins `ram` and `rbn`, `M`, `N` and, where zero points ask for them,
-the sums `a_sum` [BLOCK_M] and `b_sum` [BLOCK_N] over K.
+(int32, or float32 without zero points, [BLOCK_M, BLOCK_N]), the index vectors `rm` and `rn`, their in-range twins `ram` and `rbn`, `M`, `N` and,
+where zero points ask for them, the sums `a_sum` [BLOCK_M] and `b_sum` [BLOCK_N] over K.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from .. import reference
 from ..epilogues import EPILOGUES
 
-__all__ = ["COLUMN", "CONSTANT", "ROW", "SCALAR", "Indexing", "Tail", "indented"]
+__all__ = ["COLUMN", "CONSTANT", "OPERANDS", "ROW", "ROW_OPERANDS", "SCALAR", "Indexing", "Tail", "indented"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,22 @@ def indented(lines: list[str], spaces: int) -> str:
     return "\n".join(" " * spaces + line for line in lines)
 
 
+OPERANDS = ("a_scale", "b_scale", "a_zero_point", "b_zero_point", "bias", "out_scale", "out_zero_point")
+"""The operands of a Tail, in the order in which a kernel takes them."""
+ROW_OPERANDS = ("a_scale", "a_zero_point", "out_scale", "out_zero_point")
+"""Those that have one element or one for each row of the result; the others one for each column."""
+
+
 @dataclass(frozen=True)
 class Tail:
-    """The static shape of what follows the main loop. None: that operand is absent.
+    """The static shape of what follows the main loop. None: that operand is absent, or, a scale, applied by the main loop.
 
     block_size: dynamic requantize with scales as second output. fast: the result is stored with less precision than float32. ptx: a GPU's own
     instructions may be written, which the interpreter does not know.
     """
 
-    a_scale: Indexing
-    b_scale: Indexing
+    a_scale: Indexing | None = None
+    b_scale: Indexing | None = None
     a_zero_point: Indexing | None = None
     b_zero_point: Indexing | None = None
     bias: Indexing | None = None
@@ -67,17 +72,16 @@ class Tail:
 
     def operands(self) -> dict[str, Indexing]:
         """The operands that are there, by field name, in the order in which a kernel takes them."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Indexing)}
+        return {name: value for name in OPERANDS if (value := getattr(self, name)) is not None}
 
     def arguments(self) -> list[str]:
-        """Names of the kernel arguments, after A and B."""
+        """Names of the kernel arguments, after those of the main loop."""
         names = [name.upper() for name, indexing in self.operands().items() if indexing.is_argument]
         return names + (["BLOCK_SCALES"] if self.block_size else [])
 
-    def signature(self) -> str:
-        """The kernel's arguments, as def_kernel takes them."""
-        return ", ".join(f'"{name}"' for name in ("A", "B", *self.arguments()))
+    def signature(self, *loop: str) -> str:
+        """The kernel's arguments, as def_kernel takes them; `loop`: what the main loop reads besides A and B."""
+        return ", ".join(f'"{name}"' for name in ("A", "B", *loop, *self.arguments()))
 
     def name(self) -> str:
         """A name for the kernel that says what the tail does, unique to it."""
@@ -121,7 +125,8 @@ class Tail:
         if self.b_zero_point:
             shift = "a_sum[:, None] - K * a_zero_point" if self.a_zero_point else "a_sum[:, None]"
             lines.append(f"dot -= ({shift}) * {self._load('b_zero_point')}.to(tl.int32)")
-        lines.append(f"x = dot.to(tl.float32) * {self._load('a_scale')} * {self._load('b_scale')}")
+        scales = [self._load(name) for name in ("a_scale", "b_scale") if name in self.operands()]
+        lines.append(" * ".join(["x = dot.to(tl.float32)", *scales]))
         if self.bias:
             lines.append(f"x += {self._load('bias')}.to(tl.float32)")
         epilogue = EPILOGUES[self.activation]

@@ -161,7 +161,7 @@ def source(tail: Tail) -> str:
 
 def template(tail: Tail) -> Any:
     """The TritonTemplate with that tail."""
-    return triton_template("", "mm_grid", source(tail), tail)
+    return triton_template("int8_scaled_mm", "mm_grid", source(tail), tail)
 
 
 def constants(config: TiledConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, object]:

@@ -92,7 +92,7 @@ def source(tail: Tail) -> str:
 
 def template(tail: Tail) -> Any:
     """The TritonTemplate with that tail."""
-    return triton_template("vector", "mm_grid", source(tail), tail)
+    return triton_template("int8_scaled_mm_vector", "mm_grid", source(tail), tail)
 
 
 def constants(config: VectorConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, object]:

@@ -1,0 +1,13 @@
+"""SCHEMES: how layouts of weights, activations and scales look in a graph, and which of PRODUCTS computes them. One module each.
+
+    w8a8.py    int8 times int8, scales and zero points per tensor or per row
+
+They are asked in this order: special before general, as the first that reads a matrix product has it, and where none does the first reason is given.
+"""
+
+from .types import Operand, Reading, Scheme
+from .w8a8 import W8A8
+
+__all__ = ["SCHEMES", "Operand", "Reading", "Scheme"]
+
+SCHEMES: tuple[Scheme, ...] = (W8A8,)

@@ -1,0 +1,35 @@
+"""How a product lowers: its main loops, which of its operands they read, and what is compiled where no template runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..products import Product
+
+__all__ = ["Lowering"]
+
+
+def no_groups(operands: Mapping[str, Any]) -> tuple[int, ...]:
+    """`Lowering.groups` of a product without any."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What lowering.py needs to know of a product.
+
+    templates: modules, each a main loop. loop: names of the operands, besides a and b, that the main loops read: whole, in this order, after A and B.
+    The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what `eager_kernel` names, compiled
+    for KernelPreference.TORCH. groups(operands): Problem.groups, from the product's operands by name, as Inductor's boxes and numbers.
+    """
+
+    product: Product
+    templates: tuple[Any, ...]
+    eager: Callable[..., Tensor]
+    eager_kernel: str
+    loop: tuple[str, ...] = ()
+    groups: Callable[[Mapping[str, Any]], tuple[int, ...]] = no_groups
