@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +10,12 @@ from torch import Tensor, nn
 
 from . import reference
 from .granularity import Granularity, MappingType, PerRow, PerTensor, check_mapping_type, check_scale, normalize_granularity
+from .quantized_linear import QuantizedLinear, check_features, check_weight_scale, checked_weight
 
 __all__ = ["Int8Linear"]
 
-_SCALES = ("weight_scale", "input_scale")
 
-
-class Int8Linear(nn.Module):
+class Int8Linear(QuantizedLinear):
     """y = dequantize(quantize(x)) @ dequantize(weight).T + bias, in float32, cast to x's dtype. A drop-in for nn.Linear.
 
     Buffers (the names of compressed-tensors checkpoints): `weight` int8 [N, K]; `weight_scale` float32 [N, 1] (PerRow) or [1] (PerTensor);
@@ -33,9 +31,10 @@ class Int8Linear(nn.Module):
         device, dtype: of the buffers; `dtype` is the bias's.
     """
 
-    weight: Tensor
+    INTEGERS = {"weight": torch.int8, "input_zero_point": torch.int8}  # noqa: RUF012 - the base class declares it
+    SCALES = ("weight_scale", "input_scale")
+
     weight_scale: Tensor
-    bias: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
@@ -81,19 +80,14 @@ class Int8Linear(nn.Module):
         static: bool = False,
     ) -> Int8Linear:
         """Quantize `linear`'s weight to int8, symmetric; the bias is copied as it is. ValueError for a weight that is not finite."""
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        weight = linear.weight.detach()
-        if weight.dtype not in reference.OUT_DTYPES:
-            raise TypeError(f"linear.weight must be one of {', '.join(map(str, reference.OUT_DTYPES))}, got {weight.dtype}")
+        weight = checked_weight(linear)
         has_bias = linear.bias is not None
         self = cls(
             linear.in_features, linear.out_features, has_bias, granularity=granularity, act_mapping_type=act_mapping_type,
             static=static, device="meta", dtype=linear.bias.dtype if has_bias else None,
         )  # fmt: skip
         scale, _, quant_min = MappingType.SYMMETRIC.choose(weight, self.weight_granularity)
-        if not scale.is_meta and not bool(torch.isfinite(scale).all()):
-            raise ValueError("linear.weight must be finite, got NaN or infinity")
+        check_weight_scale(scale)
         self.weight = reference.quantize(weight, scale, None, quant_min)
         self.weight_scale = scale.reshape(self.weight_scale.shape)
         self.bias = linear.bias.detach().clone() if has_bias else None
@@ -102,14 +96,6 @@ class Int8Linear(nn.Module):
         if self.input_zero_point is not None:
             self.input_zero_point = torch.zeros_like(self.input_zero_point, device=weight.device)
         return self.train(linear.training)
-
-    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """An nn.Linear with the dequantized weight, in `dtype`."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
-        linear.weight = nn.Parameter(reference.dequantize(self.weight, self.weight_scale).to(dtype))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
-        return linear.train(self.training)
 
     def shard(self, dim: int, start: int, stop: int) -> Int8Linear:
         """The part of this layer that one rank of a tensor-parallel group holds, with buffers of its own.
@@ -155,20 +141,12 @@ class Int8Linear(nn.Module):
         self.input_scale = scale.detach().reshape(1).to(self.weight.device, copy=True)
         self.calibrated = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] float32, bfloat16 or float16 -> [..., N] of the same dtype (autocast's, where autocast is on)."""
-        device_type = x.device.type
-        out_dtype = x.dtype
-        # meta has no autocast. (torch.amp.is_autocast_available would say so, but breaks Dynamo's graph in torch 2.11.)
-        if not x.is_meta and torch.is_autocast_enabled(device_type):
-            out_dtype = torch.get_autocast_dtype(device_type)
-            with torch.autocast(device_type, enabled=False):
-                return self._linear(x).to(out_dtype)
-        return self._linear(x).to(out_dtype)
+    def dequantized_weight(self) -> Tensor:
+        """float32 [N, K]."""
+        return reference.dequantize(self.weight, self.weight_scale)
 
     def _linear(self, x: Tensor) -> Tensor:
-        _check_input(x, self)
-        weight = reference.dequantize(self.weight, self.weight_scale)
+        weight = self.dequantized_weight()
         bias = None if self.bias is None else self.bias.float()
         if self._calibrating:
             return F.linear(x.float(), weight, bias)
@@ -186,33 +164,15 @@ class Int8Linear(nn.Module):
             )
         return self.input_scale, self.input_zero_point, self.act_mapping_type.quant_min
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Int8Linear:
-        # Module.to(dtype) casts every floating-point buffer. Scales pass through it as int32 bits: they move, and keep their precision.
-        scales = {name: scale for name in _SCALES if (scale := getattr(self, name)) is not None}
-        moved = {name: fn(scale.view(torch.int32)) for name, scale in scales.items()}
-        for name, bits in moved.items():
-            if bits.dtype != torch.int32:
-                raise TypeError(f"Int8Linear keeps its weight int8 and its scales float32, got a cast of all buffers to {bits.dtype}: use .to(dtype)")
-            scales[name] = bits.view(torch.float32)
-        self._buffers.update(dict.fromkeys(scales))
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self._buffers.update(scales)
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in ("weight", "input_zero_point"):
-            if (ints := state_dict.get(prefix + name)) is not None and ints.dtype != torch.int8:
-                raise TypeError(f"{prefix}{name} must be torch.int8, got {ints.dtype}")
-        for name in _SCALES:
-            if (scale := state_dict.get(prefix + name)) is not None and not (name == "input_scale" and _is_uncalibrated(scale)):
-                check_scale(prefix + name, scale)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         scale = state_dict.get(prefix + "input_scale")
         if self.input_scale is not None and scale is not None:
             complete = self.input_zero_point is None or prefix + "input_zero_point" in state_dict
             self.calibrated = complete and scale.shape == self.input_scale.shape and not _is_uncalibrated(scale)
+
+    def _is_unset(self, name: str, scale: Tensor) -> bool:
+        return name == "input_scale" and _is_uncalibrated(scale)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -233,18 +193,7 @@ def _is_uncalibrated(scale: Tensor) -> bool:
 
 
 def _check_features(in_features: int, out_features: int, mapping: MappingType) -> None:
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    check_features(in_features, out_features)
     limit = reference.MAX_K if mapping is MappingType.SYMMETRIC else reference.MAX_K_ZERO_POINT
     if in_features > limit:
         raise ValueError(f"in_features must be at most {limit} for {mapping.value} int8, or int32 could overflow; got {in_features}")
-
-
-def _check_input(x: Tensor, layer: Int8Linear) -> None:
-    if x.dtype not in reference.OUT_DTYPES:
-        raise TypeError(f"x must be one of {', '.join(map(str, reference.OUT_DTYPES))}, got {x.dtype}")
-    if x.ndim < 1 or x.shape[-1] != layer.in_features:
-        raise ValueError(f"x must have shape [..., {layer.in_features}], got {list(x.shape)}")
-    if x.device != layer.weight.device:
-        raise ValueError(f"x must be on {layer.weight.device}, the device of the weight, got {x.device}")

@@ -1,4 +1,4 @@
-"""Configs and `quantize_`, with the names and habits of torchao: swap every chosen nn.Linear of a model for an `Int8Linear`, in place."""
+"""Configs and `quantize_`, with the names and habits of torchao: swap every chosen nn.Linear of a model for a `QuantizedLinear`, in place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .granularity import GranularityArgument, MappingType, PerRow, PerTensor, check_mapping_type, normalize_granularity
 from .linear import Int8Linear
+from .quantized_linear import QuantizedLinear
 
 __all__ = ["Int8Config", "Int8DynamicActivationInt8WeightConfig", "Int8StaticActivationInt8WeightConfig", "quantize_"]
 
@@ -127,8 +128,8 @@ def _choose(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> di
     for name, module in model.named_modules():
         if not filter_fn(module, name):
             continue
-        if isinstance(module, Int8Linear):
-            raise ValueError(f"{name or 'model'} is an Int8Linear already: a layer can be quantized once")
+        if isinstance(module, QuantizedLinear):
+            raise ValueError(f"{name or 'model'} is an {type(module).__name__} already: a layer can be quantized once")
         if not isinstance(module, nn.Linear):
             raise TypeError(f"filter_fn must choose torch.nn.Linear modules, got {type(module).__name__} for {name or 'model'!r}")
         if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -139,7 +140,7 @@ def _choose(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> di
             raise ValueError("model is itself an nn.Linear, which has no parent to swap it in: use Int8Linear.from_linear(model)")
         chosen[name] = module
     if not chosen:
-        already = sum(isinstance(m, Int8Linear) for m in model.modules())
+        already = sum(isinstance(m, QuantizedLinear) for m in model.modules())
         detail = f"; {already} layers are quantized already" if already else ""
         raise ValueError(f"model has no nn.Linear that filter_fn chooses, got {type(model).__name__}{detail}")
     return chosen
@@ -166,7 +167,7 @@ def _leave_fast_paths(model: nn.Module) -> None:
     """The eager fast path of nn.TransformerEncoderLayer reads its linears' weights past their forward, and nn.TransformerEncoder hands it nested
     tensors; without a known activation, and with nested tensors off, they are not taken."""
     for module in model.modules():
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(isinstance(m, Int8Linear) for m in module.modules()):
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(isinstance(m, QuantizedLinear) for m in module.modules()):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False
             else:

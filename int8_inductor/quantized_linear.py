@@ -1,0 +1,127 @@
+"""`QuantizedLinear`: what linear layers with quantized weights have in common, whatever the layout: plain buffers that casts and checkpoints keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .granularity import check_scale
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["QuantizedLinear", "check_features", "check_weight_scale", "checked_weight"]
+
+
+class QuantizedLinear(nn.Module):
+    """A drop-in for nn.Linear with an integer `weight` of N rows, float32 scales, and `bias` [N] or None: all ordinary buffers.
+
+    Scales stay float32 under `.to(dtype)`, `.half()` and `.bfloat16()`. A subclass registers the buffers, names them here, and defines
+    `dequantized_weight` and `_linear`, in plain aten arithmetic: that is what the layer computes.
+    """
+
+    INTEGERS: ClassVar[dict[str, torch.dtype]] = {"weight": torch.int8}
+    """Integer buffers, and the dtype that each has in a state dict."""
+    SCALES: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    """float32 buffers; one that a layer lacks is None."""
+
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Tensor | None
+
+    def dequantized_weight(self) -> Tensor:
+        """float32 [N, K]."""
+        raise NotImplementedError(f"{type(self).__name__} must define dequantized_weight")
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """y [..., N] of an x [..., K] that has been checked; autocast is off."""
+        raise NotImplementedError(f"{type(self).__name__} must define _linear")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] float32, bfloat16 or float16 -> [..., N] of the same dtype (autocast's, where autocast is on)."""
+        _check_input(x, self)
+        device_type = x.device.type
+        out_dtype = x.dtype
+        # meta has no autocast. (torch.amp.is_autocast_available would say so, but breaks Dynamo's graph in torch 2.11.)
+        if not x.is_meta and torch.is_autocast_enabled(device_type):
+            out_dtype = torch.get_autocast_dtype(device_type)
+            with torch.autocast(device_type, enabled=False):
+                return self._linear(x).to(out_dtype)
+        return self._linear(x).to(out_dtype)
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """An nn.Linear with the dequantized weight, in `dtype`."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(self.dequantized_weight().to(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # Module.to(dtype) casts every floating-point buffer. Scales pass through it as int32 bits: they move, and keep their precision.
+        scales = {name: scale for name in self.SCALES if (scale := getattr(self, name)) is not None}
+        moved = {name: fn(scale.view(torch.int32)) for name, scale in scales.items()}
+        for name, bits in moved.items():
+            if bits.dtype != torch.int32:
+                weight = str(self.INTEGERS["weight"]).removeprefix("torch.")
+                raise TypeError(
+                    f"{type(self).__name__} keeps its weight {weight} and its scales float32, "
+                    f"got a cast of all buffers to {bits.dtype}: use .to(dtype)"
+                )
+            scales[name] = bits.view(torch.float32)
+        self._buffers.update(dict.fromkeys(scales))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(scales)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, dtype in self.INTEGERS.items():
+            if (ints := state_dict.get(prefix + name)) is not None and ints.dtype != dtype:
+                raise TypeError(f"{prefix}{name} must be {dtype}, got {ints.dtype}")
+        for name in self.SCALES:
+            if (scale := state_dict.get(prefix + name)) is not None and not self._is_unset(name, scale):
+                check_scale(prefix + name, scale)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _is_unset(self, name: str, scale: Tensor) -> bool:
+        """Whether what a state dict has as scale `name` says that there is none yet."""
+        return False
+
+
+def checked_weight(linear: nn.Linear) -> Tensor:
+    """The weight of `linear`, detached. TypeError unless it is an nn.Linear in a dtype that can be quantized."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+    weight = linear.weight.detach()
+    if weight.dtype not in reference.OUT_DTYPES:
+        raise TypeError(f"linear.weight must be one of {', '.join(map(str, reference.OUT_DTYPES))}, got {weight.dtype}")
+    return weight
+
+
+def check_weight_scale(scale: Tensor) -> None:
+    """ValueError for a scale of a weight with NaN or infinity. Reads the values; a meta tensor has none and passes."""
+    if not scale.is_meta and not bool(torch.isfinite(scale).all()):
+        raise ValueError("linear.weight must be finite, got NaN or infinity")
+
+
+def check_features(in_features: int, out_features: int) -> None:
+    """ValueError unless both are positive."""
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def _check_input(x: Tensor, layer: QuantizedLinear) -> None:
+    if x.dtype not in reference.OUT_DTYPES:
+        raise TypeError(f"x must be one of {', '.join(map(str, reference.OUT_DTYPES))}, got {x.dtype}")
+    if x.ndim < 1 or x.shape[-1] != layer.in_features:
+        raise ValueError(f"x must have shape [..., {layer.in_features}], got {list(x.shape)}")
+    if x.device != layer.weight.device:
+        raise ValueError(f"x must be on {layer.weight.device}, the device of the weight, got {x.device}")
