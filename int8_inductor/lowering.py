@@ -218,9 +218,14 @@ def _lower(product: Product, operator: torch._ops.OpOverload, *args: Any, **kwar
     return _lower_triton(call) if kernel is KernelPreference.TRITON else _lower_torch(call)
 
 
+def register(product: Product) -> None:
+    """Register the lowerings of the two operators of `product`, which LOWERINGS has."""
+    for operator in (product.operator, product.block_quant):
+        register_lowering(operator, type_promotion_kind=None)(functools.partial(_lower, product, operator))
+
+
 for _product in PRODUCTS:
-    for _operator in (_product.operator, _product.block_quant):
-        register_lowering(_operator, type_promotion_kind=None)(functools.partial(_lower, _product, _operator))
+    register(_product)
 
 
 @register_lowering(ops.round_to_int8, type_promotion_kind=None)

@@ -18,7 +18,7 @@ from .products import PRODUCTS, Product
 from .products.scaled_mm import SCALED_MM, ZERO_POINT_DTYPES
 from .products.types import agree, check_vector
 
-__all__ = ["KERNEL_PREFERENCES", "OPERATORS", "STORING", "scaled_mm", "scaled_mm_block_quant"]
+__all__ = ["KERNEL_PREFERENCES", "OPERATORS", "STORING", "define", "scaled_mm", "scaled_mm_block_quant"]
 
 KERNEL_PREFERENCES = ("auto", "triton", "torch")
 BLOCK_SIZES = (32, 64, 128)
@@ -176,15 +176,23 @@ def _check_round_to_int8(t: Tensor, quant_min: int) -> None:
         raise ValueError(f"round_to_int8: quant_min must be -128 or -127, got {quant_min}")
 
 
-for _product in PRODUCTS:
-    _define_storing(_product)
-    _define_block_quant(_product)
-_define("round_to_int8", "(Tensor t, int quant_min=-128) -> Tensor", round_to_int8_eager, _round_to_int8_fake)
-
-STORING: dict[Any, Product] = {product.operator: product for product in PRODUCTS}
+STORING: dict[Any, Product] = {}
 """The operators that store floats or int8 with a given scale, and whose they are."""
-OPERATORS: frozenset[Any] = frozenset(operator for product in PRODUCTS for operator in (product.operator, product.block_quant))
-"""All operators of PRODUCTS."""
+OPERATORS: set[Any] = set()
+"""All operators of products."""
+
+
+def define(product: Product) -> None:
+    """Define the two operators of `product`."""
+    _define_storing(product)
+    _define_block_quant(product)
+    STORING[product.operator] = product
+    OPERATORS.update((product.operator, product.block_quant))
+
+
+for _product in PRODUCTS:
+    define(_product)
+_define("round_to_int8", "(Tensor t, int quant_min=-128) -> Tensor", round_to_int8_eager, _round_to_int8_fake)
 
 scaled_mm = SCALED_MM.operator
 scaled_mm_block_quant = SCALED_MM.block_quant

@@ -105,17 +105,29 @@ def _reduce_with_numpy() -> None:
     ReduceOps.apply_impl = apply_impl
 
 
-def _round_to_bfloat16() -> None:
-    """The interpreter cuts off the bits that bfloat16 lacks; GPUs round to nearest."""
-    cast = InterpreterBuilder.cast_impl
+def _widened(tensor: TensorHandle) -> TensorHandle:
+    """bfloat16, which the interpreter holds as its bits, as float32."""
+    if tensor.dtype.scalar != tl.bfloat16:
+        return tensor
+    return TensorHandle((np.array(tensor.data).astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _know_bfloat16() -> None:
+    """The interpreter cuts off the bits that bfloat16 lacks, where GPUs round to nearest, and takes its bits for its value in all other casts and in
+    matrix products.
+    """
+    cast, create_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self: InterpreterBuilder, source: TensorHandle, wanted: Any) -> TensorHandle:
-        if (source.dtype.scalar, wanted.scalar) != (tl.float32, tl.bfloat16):
+        if source.dtype.scalar == wanted.scalar or tl.bfloat16 not in (source.dtype.scalar, wanted.scalar):
             return cast(self, source, wanted)
-        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
+        if wanted.scalar != tl.bfloat16:
+            return cast(self, _widened(source), wanted)
+        rounded = torch.from_numpy(np.array(source.data).astype(np.float32)).to(torch.bfloat16)
         return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
 
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, _widened(a), _widened(b), *rest)
 
 
 def _saturating_round_to_int(x: Any, dtype: torch.dtype) -> Any:
@@ -133,5 +145,5 @@ def install() -> None:
         setattr(libdevice, name, _on_numpy(fn))
     _patch_language_once_a_kernel()
     _reduce_with_numpy()
-    _round_to_bfloat16()
+    _know_bfloat16()
     TritonOverrides.round_to_int = staticmethod(_saturating_round_to_int)
