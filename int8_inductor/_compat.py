@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,11 @@ __all__ = [
     "has_triton_package",
     "run_apart",
     "select_choice",
+    "size_hint",
+    "start_compiling",
     "triton_version",
     "unchain",
+    "wait_for_compile_workers",
 ]
 
 SUPPORTED_TORCH = ((2, 11), (2, 15))
@@ -169,6 +173,23 @@ def chosen(box: Any, choices: list[Any]) -> int:
     """Which of `choices`, Inductor's TritonTemplateCallers, a TensorBox of select_choice came from."""
     render = box.data.data.make_kernel_render
     return next(i for i, choice in enumerate(choices) if choice.make_kernel_render is render)
+
+
+def wait_for_compile_workers() -> None:
+    """Return once Inductor's compile workers take work; at once where there are none (one compile thread)."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.wait_pool_ready()
+
+
+def start_compiling(choice: Any) -> None:
+    """Have a worker compile a TritonTemplateCaller's kernel. Inductor finds it under way, or done, when it compiles the choice itself."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    compiler = AsyncCompile()
+    if compiler.use_process_pool():
+        source = Path(choice.bmreq.module_path).read_text()
+        compiler.triton(kernel_name=choice.bmreq.kernel_name, source_code=source)
 
 
 def triton_version() -> str:

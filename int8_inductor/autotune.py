@@ -8,14 +8,15 @@ Its clock is not used either: Inductor times a kernel behind 20 us of other work
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from ._compat import chosen, select_choice
+from ._compat import chosen, select_choice, start_compiling, wait_for_compile_workers
 from .templates.problem import Device, Problem
 from .templates.tail import Tail
 
-__all__ = ["autotune"]
+__all__ = ["Kernel", "autotune", "compile_ahead"]
 
 WARMUP_MS, REPEAT_MS = 2, 10
 """How long each choice runs: long enough for the median of some 100 launches, each behind a cleared L2."""
@@ -32,43 +33,74 @@ def _median_ms(choice: Any, *args: Any, out: Any) -> float:
     return float(do_bench(run, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
 
 
-def _candidates(templates: Sequence[Any], problem: Problem, gpu: Device, tail: Tail, *, thorough: bool) -> list[tuple[Any, Any]]:
-    return [(module, config) for module in templates for config in module.candidates(problem, gpu, tail, thorough=thorough)]
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to be chosen: of which templates, with which tail, for which problem, on which operands.
 
-
-def autotune(
-    name: str,
-    templates: tuple[Any, ...],
-    tail: Tail,
-    problem: Problem,
-    gpu: Device,
-    inputs: list[Any],
-    layout: Any,
-    mutated: list[Any],
-    literals: dict[str, str],
-    *,
-    thorough: bool,
-) -> Any:
-    """The TensorBox of the fastest choice's kernel.
-
-    templates: the product's. inputs: realized operands: a and b, what else the main loops read, the tail's. mutated: those of them that the kernel
-    writes. literals: constants of the tail. thorough: time all.
+    templates: the product's. inputs: realized operands: a and b, what else the main loops read, the tail's. layout: of the result. mutated: those of
+    the inputs that the kernel writes. literals: constants of the tail. thorough: every legal config is a candidate.
     """
-    on_cpu = layout.device.type == "cpu"
-    key = (templates, tail, problem, gpu, layout.dtype, thorough, *((box.get_dtype(), tuple(box.get_stride())) for box in inputs))
-    pairs = [_WINNERS[key]] if key in _WINNERS else _candidates(templates, problem, gpu, tail, thorough=thorough)
-    if on_cpu:
-        pairs = pairs[:1]  # times in the interpreter say nothing
-    choices: list[Any] = []
-    for module, config in pairs:
-        constants = literals | module.constants(config, problem, gpu, tail)
-        declined = module.template(tail).maybe_append_choice(
-            choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=mutated or None, **constants
-        )
-        if declined is not None:
-            raise declined
-        choices[-1].benchmark = functools.partial(_median_ms, choices[-1])
-    result = select_choice(name, choices, inputs, layout)
-    if not on_cpu:
-        _WINNERS[key] = pairs[chosen(result, choices)]
+
+    name: str
+    templates: tuple[Any, ...]
+    tail: Tail
+    problem: Problem
+    device: Device
+    inputs: list[Any]
+    layout: Any
+    mutated: list[Any]
+    literals: dict[str, str]
+    thorough: bool
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What its time depends on: kernels of one kind have the same winner."""
+        operands = ((box.get_dtype(), tuple(box.get_stride())) for box in self.inputs)
+        return (self.templates, self.tail, self.problem, self.device, self.layout.dtype, self.thorough, *operands)
+
+    def candidates(self) -> list[tuple[Any, Any]]:
+        """(template module, config) of those worth timing, or of the winner alone where it is known."""
+        if self.kind in _WINNERS:
+            return [_WINNERS[self.kind]]
+        make = [(module, module.candidates(self.problem, self.device, self.tail, thorough=self.thorough)) for module in self.templates]
+        pairs = [(module, config) for module, configs in make for config in configs]
+        return pairs[:1] if self.layout.device.type == "cpu" else pairs  # times in the interpreter say nothing
+
+    def choices(self, candidates: list[tuple[Any, Any]]) -> list[Any]:
+        """The candidates rendered, as Inductor's choices."""
+        choices: list[Any] = []
+        for module, config in candidates:
+            constants = self.literals | module.constants(config, self.problem, self.device, self.tail)
+            template = module.template(self.tail)
+            declined = template.maybe_append_choice(
+                choices, input_nodes=tuple(self.inputs), layout=self.layout, mutated_inputs=self.mutated or None, **constants
+            )
+            if declined is not None:
+                raise declined
+            choices[-1].benchmark = functools.partial(_median_ms, choices[-1])
+        return choices
+
+
+def autotune(kernel: Kernel) -> Any:
+    """The TensorBox of the fastest candidate."""
+    candidates = kernel.candidates()
+    choices = kernel.choices(candidates)
+    result = select_choice(kernel.name, choices, kernel.inputs, kernel.layout)
+    if kernel.layout.device.type != "cpu":
+        _WINNERS[kernel.kind] = candidates[chosen(result, choices)]
     return result
+
+
+def compile_ahead(kernels: Iterable[Kernel]) -> None:
+    """Hand the candidates of every kind among `kernels` to Inductor's compile workers, and wait for none of them.
+
+    Inductor compiles the choices of one product, waits, times them and goes on to the next. With those of all kinds under way at once the workers
+    are busy until the last is compiled: ViT-B/16 has five kinds of eight choices, each 4 s of one core.
+    """
+    wait_for_compile_workers()
+    seen = set(_WINNERS)
+    for kernel in kernels:
+        if kernel.kind not in seen:
+            seen.add(kernel.kind)
+            for choice in kernel.choices(kernel.candidates()):
+                start_compiling(choice)

@@ -13,8 +13,8 @@ from torch._inductor import config as inductor_config
 
 from . import config
 from ._compat import CompileError, compile_region, custom_pass_slot, unchain
-from .choices import with_persistent_quants
-from .kernels import parse
+from .choices import with_own_choices
+from .kernels import parse, runs_triton
 from .passes import Int8Pass
 from .passes.dialects.decomposed import choose_qparams_per_token
 
@@ -117,12 +117,10 @@ def _beside(slot: Any, own_pass: Int8Pass) -> Any:
     return custom_pass_slot([own_pass, *(each for each in unchain(slot) if not isinstance(each, Int8Pass))])
 
 
-def _holds_int8(gm: torch.fx.GraphModule) -> bool:
-    for node in gm.graph.nodes:
-        value = node.meta.get("example_value", node.meta.get("val"))
-        if isinstance(value, torch.Tensor) and value.dtype == torch.int8:
-            return True
-    return False
+def _int8_devices(gm: torch.fx.GraphModule) -> set[torch.device]:
+    """The devices on which a graph holds int8."""
+    values = [node.meta.get("example_value", node.meta.get("val")) for node in gm.graph.nodes]
+    return {value.device for value in values if isinstance(value, torch.Tensor) and value.dtype == torch.int8}
 
 
 class _Decompositions(dict[Any, Callable[..., Any]]):
@@ -174,9 +172,10 @@ def install_in_stock_inductor() -> None:
 def _compile_int8(stock: Callable[..., Any], call: inspect.BoundArguments) -> Any:
     """Inductor's compile_fx, with the passes in force."""
     model = call.arguments["model_"]
-    if isinstance(model, torch.fx.GraphModule) and call.arguments.get("decompositions") is None and _holds_int8(model):
+    devices = _int8_devices(model) if isinstance(model, torch.fx.GraphModule) else set()
+    if devices and call.arguments.get("decompositions") is None:
         call.arguments["decompositions"] = _decompositions()
-    with with_persistent_quants():
+    with with_own_choices(triton=any(map(runs_triton, devices))):
         return stock(*call.args, **call.kwargs)
 
 

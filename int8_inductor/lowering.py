@@ -22,7 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import ops, reference
 from ._compat import size_hint
-from .autotune import autotune
+from .ahead import KERNELS, compile_all_ahead
+from .autotune import Kernel, autotune
 from .explain import record_kernel
 from .kernels import KernelPreference, parse, resolve
 from .products import PRODUCTS, Product
@@ -159,12 +160,12 @@ class _Call:
         )
 
 
-def _lower_triton(call: _Call) -> Any:
+def _kernel(call: _Call, scales: Any = None) -> Kernel:
+    """The kernel that runs a call. scales: a realized box for those of a result quantized in blocks."""
     from torch._inductor import config as inductor_config
 
     lowering, given = call.lowering, call.given
     a, b = realize_inputs(_computed_once(given["a"])), realize_inputs(_computed_once(given["b"]))
-    m, n = a.get_size()[0], b.get_size()[-2]
     device = a.get_device()
     indexings: dict[str, Indexing] = {}
     literals: dict[str, str] = {}
@@ -175,19 +176,32 @@ def _lower_triton(call: _Call) -> Any:
             inputs.append(value)
         else:
             literals[operand.upper()] = value
-    tail = call.tail(indexings, ptx=_has_ptx(device))
-    mutated = []
+    mutated = [] if scales is None else [realize_inputs(scales)]
+    return Kernel(
+        name=call.name,
+        templates=lowering.templates,
+        tail=call.tail(indexings, ptx=_has_ptx(device)),
+        problem=_problem(a, b, lowering.groups(call.operands)),
+        device=_device(device),
+        inputs=inputs + mutated,
+        layout=ir.FixedLayout(device, call.dtype, [a.get_size()[0], b.get_size()[-2]]),
+        mutated=mutated,
+        literals=literals,
+        thorough=bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm),
+    )
+
+
+def _lower_triton(call: _Call) -> Any:
+    compile_all_ahead(call.given["a"].get_device())
+    scales = None
     if call.block_size is not None:
-        scales = empty_strided([m, n // call.block_size], None, dtype=torch.float32, device=device)
+        rows, columns = call.given["a"].get_size()[0], call.given["b"].get_size()[-2]
+        scales = empty_strided([rows, columns // call.block_size], None, dtype=torch.float32, device=call.given["a"].get_device())
         scales.realize()
-        mutated = [realize_inputs(scales)]
-        inputs += mutated
-    layout = ir.FixedLayout(device, call.dtype, [m, n])
-    thorough = bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
-    problem = _problem(a, b, lowering.groups(call.operands))
-    result = autotune(call.name, lowering.templates, tail, problem, _device(device), inputs, layout, mutated, literals, thorough=thorough)
-    record_kernel(V.graph.current_node, "triton", tail.describe())
-    return (result, scales) if call.block_size is not None else result
+    kernel = _kernel(call, scales)
+    result = autotune(kernel)
+    record_kernel(V.graph.current_node, "triton", kernel.tail.describe())
+    return result if scales is None else (result, scales)
 
 
 def _lower_torch(call: _Call) -> Any:
@@ -211,17 +225,30 @@ def _lower_torch(call: _Call) -> Any:
     return result
 
 
+def _call(product: Product, operator: torch._ops.OpOverload, given: dict[str, Any]) -> _Call:
+    return _Call(LOWERINGS[product.name], f"int8_{operator._schema.name.split('::')[1]}", given)
+
+
+def _runs_triton(call: _Call) -> bool:
+    return resolve(parse(call.given["kernel_preference"]), call.given["a"].get_device()) is KernelPreference.TRITON
+
+
 def _lower(product: Product, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    given = ops.bound(operator, args, kwargs)
-    call = _Call(LOWERINGS[product.name], f"int8_{operator._schema.name.split('::')[1]}", given)
-    kernel = resolve(parse(given["kernel_preference"]), given["a"].get_device())
-    return _lower_triton(call) if kernel is KernelPreference.TRITON else _lower_torch(call)
+    call = _call(product, operator, ops.bound(operator, args, kwargs))
+    return _lower_triton(call) if _runs_triton(call) else _lower_torch(call)
+
+
+def _kernel_ahead(product: Product, operator: torch._ops.OpOverload, given: dict[str, Any], box_like: Callable[[Tensor], Any]) -> Kernel | None:
+    """The kernel that will run a call with these arguments, or None; scales that it will write are what `box_like` makes."""
+    call, value = _call(product, operator, given), V.graph.current_node.meta["val"]
+    return _kernel(call, None if isinstance(value, Tensor) else box_like(value[1])) if _runs_triton(call) else None
 
 
 def register(product: Product) -> None:
     """Register the lowerings of the two operators of `product`, which LOWERINGS has."""
     for operator in (product.operator, product.block_quant):
         register_lowering(operator, type_promotion_kind=None)(functools.partial(_lower, product, operator))
+        KERNELS[operator] = functools.partial(_kernel_ahead, product, operator)
 
 
 for _product in PRODUCTS:
