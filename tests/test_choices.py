@@ -67,10 +67,10 @@ def kernels_of_rows(columns: int) -> list[str]:
         return run(model, torch.randn(3, columns)).kernels
 
 
-@pytest.mark.parametrize("columns", [1025, 3000])
+@pytest.mark.parametrize("columns", [1025, 14336])
 def test_long_rows_are_quantized_in_one_pass(columns: int) -> None:
     assert [name.split("_")[1] for name in kernels_of_rows(columns)] == ["per", "tem"]
 
 
 def test_rows_beyond_the_registers_are_read_twice() -> None:
-    assert "per" not in [name.split("_")[1] for name in kernels_of_rows(MAX_ROW + 1)]
+    assert next(name.split("_")[1] for name in kernels_of_rows(MAX_ROW + 1)) == "red"
