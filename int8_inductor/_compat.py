@@ -176,9 +176,16 @@ def chosen(box: Any, choices: list[Any]) -> int:
 
 
 def wait_for_compile_workers() -> None:
-    """Return once Inductor's compile workers take work; at once where there are none (one compile thread)."""
-    from torch._inductor.async_compile import AsyncCompile
+    """Return once Inductor's compile workers take work; at once where there are none (one compile thread).
 
+    From then on this process assembles with the ptxas of torch, as the workers do. With Triton's own it would not find their results in Triton's
+    cache, and compile every choice again before timing it, one after the other (torch 2.11 to 2.15: AsyncCompile.triton sets the path only where it
+    has no workers).
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+
+    _set_triton_ptxas_path()
     AsyncCompile.wait_pool_ready()
 
 

@@ -150,10 +150,10 @@ def publish(report: Report) -> None:
         raise LeftBehindError(f"{first.kind} {first.name} was left as it was: {first.reason}{f' ({first.source})' if first.source else ''}")
 
 
-def record_kernel(node: torch.fx.Node, kernel: str, epilogue: str) -> None:
-    """Note which kernel the product `node` lowered to."""
+def record_kernel(node: torch.fx.Node, kernel: str, epilogue: str, name: str | None = None) -> None:
+    """Note which kernel the product `node` lowered to. name: of the linear, where the product computes several; else the node's tag."""
     log.debug("%s -> %s, epilogue %s", node.name, kernel, epilogue)
-    report, name = _recording.get(), node.meta.get(TAG)
+    report, name = _recording.get(), name or node.meta.get(TAG)
     if report is None or name is None:
         return
     for entry in reversed(report.linears):

@@ -54,7 +54,7 @@ def _lower_eager(fn: Callable[..., Any], tensors: dict[str, Any]) -> Any:
     return process_subgraph_nodes(traced, [tensors[name] for name in names])
 
 
-def _computed_once(box: Any) -> Any:
+def computed_once(box: Any) -> Any:
     """`box` with what it views in memory. Else each linear that reads a view of one quantized value would have Inductor quantize it anew."""
     box.realize()
     return box
@@ -78,7 +78,7 @@ def _is_one(size: Any) -> bool:
     return bool(V.graph.sizevars.statically_known_equals(size, 1))
 
 
-def _as_operand(name: str, box: Any) -> tuple[Indexing, Any]:
+def as_operand(name: str, box: Any) -> tuple[Indexing, Any]:
     """How a tail reads operand `name`, and what is passed: a realized vector, or a literal."""
     if (value := _constant(name)) is not None:
         return CONSTANT, repr(value)
@@ -90,7 +90,8 @@ def _as_operand(name: str, box: Any) -> tuple[Indexing, Any]:
     return (ROW if name in ROW_OPERANDS else COLUMN), vector
 
 
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """What templates need to know of a device."""
     # Inductor's C++ wrapper (AOTInductor) gives all programs of a launch the memory for one program's descriptors (torch 2.11 to 2.13).
     python_launches = not V.graph.cpp_wrapper
     if device.type == "cpu":
@@ -100,12 +101,12 @@ def _device(device: torch.device) -> Device:
     return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma)
 
 
-def _has_ptx(device: torch.device) -> bool:
+def has_ptx(device: torch.device) -> bool:
     """Whether kernels for `device` may hold a GPU's own instructions; the interpreter on a CPU knows none."""
     return device.type == "cuda"
 
 
-def _fits_tma(matrix: Any) -> bool:
+def fits_tma(matrix: Any) -> bool:
     """Whether a tensor descriptor can name a matrix, or a stack of them, whatever its symbolic sizes are: rows begin at multiples of 16 bytes."""
     sizevars, (*outer, row, step), columns = V.graph.sizevars, matrix.get_stride(), matrix.get_size()[-1]
     alignment = TMA_ALIGNMENT // matrix.get_dtype().itemsize
@@ -116,10 +117,28 @@ def _fits_tma(matrix: Any) -> bool:
     return multiples and rows_apart and aligned and _is_one(step)
 
 
-def _problem(a: Any, b: Any, groups: tuple[int, ...] = ()) -> Problem:
-    (m, k), n = a.get_size(), b.get_size()[-2]
-    static_k = int(k) if isinstance(k, (int, sympy.Integer)) else None
-    return Problem(size_hint(m), size_hint(n), size_hint(k), static_k, _fits_tma(a) and _fits_tma(b), _is_one(m), groups, a.get_dtype().itemsize)
+def problem_of(a: Any, *weights: Any, groups: tuple[int, ...] = ()) -> Problem:
+    """The Problem of realized boxes a [M, K] and a weight, or several that lie side by side."""
+    m, k = a.get_size()
+    rows = [size_hint(b.get_size()[-2]) for b in weights]
+    return Problem(
+        size_hint(m),
+        sum(rows),
+        size_hint(k),
+        static_k=int(k) if isinstance(k, (int, sympy.Integer)) else None,
+        tma=all(map(fits_tma, (a, *weights))),
+        one_row=_is_one(m),
+        groups=groups,
+        a_bytes=a.get_dtype().itemsize,
+        side_by_side=tuple(rows) if len(rows) > 1 else (),
+    )
+
+
+def is_thorough() -> bool:
+    """Whether every legal config is to be timed."""
+    from torch._inductor import config as inductor_config
+
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,16 +181,14 @@ class _Call:
 
 def _kernel(call: _Call, scales: Any = None) -> Kernel:
     """The kernel that runs a call. scales: a realized box for those of a result quantized in blocks."""
-    from torch._inductor import config as inductor_config
-
     lowering, given = call.lowering, call.given
-    a, b = realize_inputs(_computed_once(given["a"])), realize_inputs(_computed_once(given["b"]))
+    a, b = realize_inputs(computed_once(given["a"])), realize_inputs(computed_once(given["b"]))
     device = a.get_device()
     indexings: dict[str, Indexing] = {}
     literals: dict[str, str] = {}
     inputs = [a, b, *(realize_inputs(given[name]) for name in lowering.loop)]
     for operand, box in call.in_tail.items():
-        indexings[operand], value = _as_operand(operand, box)
+        indexings[operand], value = as_operand(operand, box)
         if indexings[operand].is_argument:
             inputs.append(value)
         else:
@@ -180,14 +197,14 @@ def _kernel(call: _Call, scales: Any = None) -> Kernel:
     return Kernel(
         name=call.name,
         templates=lowering.templates,
-        tail=call.tail(indexings, ptx=_has_ptx(device)),
-        problem=_problem(a, b, lowering.groups(call.operands)),
-        device=_device(device),
+        tail=call.tail(indexings, ptx=has_ptx(device)),
+        problem=problem_of(a, b, groups=lowering.groups(call.operands)),
+        device=device_of(device),
         inputs=inputs + mutated,
         layout=ir.FixedLayout(device, call.dtype, [a.get_size()[0], b.get_size()[-2]]),
         mutated=mutated,
         literals=literals,
-        thorough=bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm),
+        thorough=is_thorough(),
     )
 
 
@@ -216,7 +233,7 @@ def _lower_torch(call: _Call) -> Any:
         return reference.quantize_blocks(y, call.block_size) if call.block_size else ops.store_eager(y, out_scale, out_zero_point, **stored)
 
     present = {name: box for name, box in given.items() if hasattr(box, "get_dtype")}
-    present |= {name: _computed_once(present[name]) for name in ("a", "b")}
+    present |= {name: computed_once(present[name]) for name in ("a", "b")}
     record_kernel(V.graph.current_node, call.lowering.eager_kernel, call.tail(dict.fromkeys(call.in_tail, SCALAR)).describe())
     result = _lower_eager(eager, present)
     if given["activation"] != "none":
@@ -258,7 +275,7 @@ for _product in PRODUCTS:
 @register_lowering(ops.round_to_int8, type_promotion_kind=None)
 def _lower_round_to_int8(t: Any, quant_min: int = -128) -> Any:
     """On a GPU the conversion that rounds to nearest even, saturates and makes NaN 0, by itself; elsewhere the eager definition."""
-    if not _has_ptx(t.get_device()):
+    if not has_ptx(t.get_device()):
         return _lower_eager(functools.partial(ops.round_to_int8_eager, quant_min=quant_min), {"t": t})
 
     def convert(x: Any) -> Any:

@@ -127,7 +127,7 @@ def _define_storing(product: Product) -> None:
         a: Tensor = given["a"]
         return a.new_empty((m, n), dtype=stored_dtype(given))
 
-    _define(product.name, f"({product.operands}, {_EPILOGUE}, {_STORE}) -> Tensor", eager, fake)
+    define_operator(product.name, f"({product.operands}, {_EPILOGUE}, {_STORE}) -> Tensor", eager, fake)
 
 
 def _define_block_quant(product: Product) -> None:
@@ -149,10 +149,11 @@ def _define_block_quant(product: Product) -> None:
         a: Tensor = given["a"]
         return a.new_empty((m, n), dtype=torch.int8), a.new_empty((m, n // given["block_size"]), dtype=torch.float32)
 
-    _define(f"{product.name}_block_quant", f"({product.operands}, {_EPILOGUE}, int block_size=128) -> (Tensor, Tensor)", eager, fake)
+    define_operator(f"{product.name}_block_quant", f"({product.operands}, {_EPILOGUE}, int block_size=128) -> (Tensor, Tensor)", eager, fake)
 
 
-def _define(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define_operator(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define torch.ops.int8_inductor.<name> with its eager definition, on every device, and its fake."""
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"int8_inductor::{name}", fake, lib=_library)
@@ -179,7 +180,7 @@ def _check_round_to_int8(t: Tensor, quant_min: int) -> None:
 STORING: dict[Any, Product] = {}
 """The operators that store floats or int8 with a given scale, and whose they are."""
 OPERATORS: set[Any] = set()
-"""All operators of products."""
+"""All operators that compute products."""
 
 
 def define(product: Product) -> None:
@@ -192,7 +193,7 @@ def define(product: Product) -> None:
 
 for _product in PRODUCTS:
     define(_product)
-_define("round_to_int8", "(Tensor t, int quant_min=-128) -> Tensor", round_to_int8_eager, _round_to_int8_fake)
+define_operator("round_to_int8", "(Tensor t, int quant_min=-128) -> Tensor", round_to_int8_eager, _round_to_int8_fake)
 
 scaled_mm = SCALED_MM.operator
 scaled_mm_block_quant = SCALED_MM.block_quant

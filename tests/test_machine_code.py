@@ -16,12 +16,13 @@ from support import run
 from torch import Tensor
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-from int8_inductor import lowering, ops
+from int8_inductor import lowering, lowering_side_by_side, ops
 from int8_inductor._compat import triton_version
+from int8_inductor.side_by_side import scaled_mm_side_by_side
 from int8_inductor.templates import LOWERINGS, persistent, tiled, vector
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
-from int8_inductor.templates.tail import COLUMN, ROW, SCALAR, Tail
+from int8_inductor.templates.tail import COLUMN, OF_EACH_WEIGHT, ROW, SCALAR, Tail
 from int8_inductor.templates.tiled import CONFIGS, TiledConfig
 from int8_inductor.templates.vector import VectorConfig
 
@@ -60,14 +61,23 @@ def _half(a: Tensor, b: Tensor, a_scale: Tensor, row: Tensor, one: Tensor, zero_
     return ops.scaled_mm(a, b, a_scale, row, bias=row, out_dtype=torch.float16)
 
 
+def _gate_and_up(a: Tensor, b: Tensor, a_scale: Tensor, row: Tensor, one: Tensor, zero_point: Tensor) -> Tensor:
+    activations = ["silu", "none", "none"]
+    return scaled_mm_side_by_side(a, [b] * 3, a_scale, [row] * 3, [row] * 3, activations=activations, out_dtype=torch.bfloat16)
+
+
 TAILS = {
     "bias, gelu and static int8": (_gelu, Tail(ROW, COLUMN, bias=COLUMN, out_scale=SCALAR, activation="gelu", out_quant_min=-127, fast=True)),
     "zero point, bias, silu and bfloat16": (_zero_point, Tail(ROW, COLUMN, a_zero_point=ROW, bias=COLUMN, activation="silu", fast=True)),
     "bias, gelu_tanh and int8 in blocks": (_blocks, Tail(ROW, COLUMN, bias=COLUMN, activation="gelu_tanh", block_size=128, fast=True)),
     "bias and float32": (_single, Tail(ROW, COLUMN, bias=COLUMN)),
     "bias and float16": (_half, Tail(ROW, COLUMN, bias=COLUMN, fast=True)),
+    "three weights side by side": (
+        _gate_and_up,
+        Tail(ROW, OF_EACH_WEIGHT, bias=OF_EACH_WEIGHT, activations=("silu", "none", "none"), fast=True),
+    ),
 }
-GELU, ZERO_POINT, BLOCKS, SINGLE, HALF = TAILS
+GELU, ZERO_POINT, BLOCKS, SINGLE, HALF, THREE = TAILS
 FEW = (TiledConfig(64, 128, 128, 3, 4), TiledConfig(128, 128, 64, 4, 8), TiledConfig(16, 64, 256, 4, 4))
 
 
@@ -101,8 +111,9 @@ def cases(capability: int) -> Iterator[Case]:
     yield from (Case(main[0], 16, config) for config in main[1])
     if capability in (80, 90):
         yield from (Case(BLOCKS, 16, config) for config in (FEW[0], CONFIGS[0]))
-    yield from (Case(tail, 16, config, persistent) for tail in (GELU, SINGLE, HALF) for config in persistent.CONFIGS)
-    yield from (Case(tail, 16, config, vector) for tail in (GELU, SINGLE) for config in vector.CONFIGS)
+    yield from (Case(tail, 16, config, persistent) for tail in (GELU, SINGLE, HALF, THREE) for config in persistent.CONFIGS)
+    yield from (Case(tail, 16, config, vector) for tail in (GELU, SINGLE, THREE) for config in vector.CONFIGS)
+    yield from (Case(THREE, 16, config) for config in (CONFIGS[0], *FEW))
     if capability == 80:
         yield from (Case(ZERO_POINT, width, config) for width in (8, 4, 2, 1) for config in tightest(width))
 
@@ -125,7 +136,8 @@ def render(tail: str, copy_bytes: int, config: TiledConfig | PersistentConfig | 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LOWERINGS, "scaled_mm", dataclasses.replace(LOWERINGS["scaled_mm"], templates=(template,)))
         patch.setattr(template, "candidates", lambda *args, **kwargs: [config])
-        patch.setattr(lowering, "_has_ptx", lambda device: True)
+        for module in (lowering, lowering_side_by_side):
+            patch.setattr(module, "has_ptx", lambda device: True)
         patch.setattr(CachingAutotuner, "run", lambda *args, **kwargs: None)  # a kernel for a GPU: it is looked at, not run
         return generated_kernel(run(TAILS[tail][0], *inputs).code[0])
 

@@ -136,8 +136,8 @@ def test_persistent_with_symbolic_rows(device: str) -> None:
 def problem_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> Problem:
     """What the lowering takes the operands of `case` for; the result is checked too."""
     seen: list[Problem] = []
-    make = lowering._problem
-    monkeypatch.setattr(lowering, "_problem", lambda *args: seen.append(make(*args)) or seen[-1])
+    make = lowering.problem_of
+    monkeypatch.setattr(lowering, "problem_of", lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1])
     check_float(case.scaled_mm("triton").output, case.want())
     (problem,) = seen
     return problem
@@ -166,7 +166,7 @@ def test_no_descriptors_where_cpp_launches_the_kernel(device: str, cpp_wrapper: 
     """AOTInductor would have the programs of one launch overwrite each other's descriptors."""
     graph: Any = SimpleNamespace(cpp_wrapper=cpp_wrapper)
     with V.set_graph_handler(graph):
-        found = lowering._device(torch.device(device))
+        found = lowering.device_of(torch.device(device))
     expected = not cpp_wrapper and (device == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
     assert found.tma == expected
 

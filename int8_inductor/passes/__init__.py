@@ -22,6 +22,7 @@ from .instructions import use_fewer_instructions
 from .linear import LINEAR
 from .requantize import fold_quants
 from .shared import merge_quants
+from .side_by_side import lay_side_by_side
 
 __all__ = ["PASSES", "Int8Pass"]
 
@@ -61,6 +62,7 @@ PASSES: tuple[Callable[[Graph], Any], ...] = (
     fold_activations,
     fold_quants,
     OUT_DTYPE.apply,
+    lay_side_by_side,
 )
 
 
@@ -89,7 +91,7 @@ class Int8Pass(CustomGraphPass):
         return parse(config.kernel_preference) if self._preference is None else self._preference
 
     def __call__(self, graph: Graph) -> None:
-        from .. import lowering  # noqa: F401 - registers the lowerings of what the passes write
+        from .. import lowering_side_by_side  # noqa: F401 - registers the lowerings of what the passes write
 
         with running(Context(self.preference)) as context:
             for each in PASSES:

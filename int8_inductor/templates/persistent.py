@@ -13,6 +13,7 @@ from typing import Any
 from .problem import TILE_ORDER, Device, Problem, padded, tiles
 from .render import triton_template
 from .tail import Tail, indented
+from .weights import expanded, whole_tiles
 
 __all__ = ["CONFIGS", "PersistentConfig", "is_legal", "template"]
 
@@ -56,7 +57,7 @@ def is_legal(config: PersistentConfig, problem: Problem, device: Device, tail: T
     """
     fits = config.programs * (config.shared_memory(tail) + RESERVED) <= device.shared_memory + RESERVED
     suits = problem.tma and device.tma and not tail.loop_lines()
-    return fits and suits and (tail.block_size is None or config.block_n % tail.block_size == 0)
+    return fits and suits and whole_tiles(problem, config.block_n) and (tail.block_size is None or config.block_n % tail.block_size == 0)
 
 
 def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[PersistentConfig]:
@@ -75,31 +76,49 @@ def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) 
 _MAIN_LOOP = """
 {{{{def_kernel({arguments})}}}}
     M = {{{{size("A", 0)}}}}
-    N = {{{{size("B", 0)}}}}
+    N = {rows}
     K = {{{{size("A", 1)}}}}
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     a_tiles = tl.make_tensor_descriptor(A, shape=[M, K], strides=[{{{{stride("A", 0)}}}}, 1], block_shape=[BLOCK_M, BLOCK_K])
-    b_tiles = tl.make_tensor_descriptor(B, shape=[N, K], strides=[{{{{stride("B", 0)}}}}, 1], block_shape=[BLOCK_N, BLOCK_K])
+{descriptors}
     for tile in tl.range(tl.program_id(0), grid_m * grid_n, NUM_SMS, flatten=FLATTEN):
 {order}
+{pick}
         first_m = (pid_m * BLOCK_M).to(tl.int32)
-        first_n = (pid_n * BLOCK_N).to(tl.int32)
+        first_n = ({local_tile}).to(tl.int32)
         dot = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
         for k in range(0, K, BLOCK_K):
             a = a_tiles.load([first_m, k])
             b = b_tiles.load([first_n, k])
             dot = tl.dot(a, b.T, dot, out_dtype=tl.int32)
         rm = first_m.to(INDEX_DTYPE) + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
-        rn = first_n.to(INDEX_DTYPE) + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
+        rn = (pid_n * BLOCK_N).to(INDEX_DTYPE) + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
         ram = tl.where(rm < M, rm, 0)
-        rbn = tl.where(rn < N, rn, 0)
+        rbn = {local_columns}
 """
+
+
+def _descriptor(weight: str, tiles: str) -> str:
+    """The statement that makes the tensor descriptor of a weight."""
+    rows, stride = f'{{{{size("{weight}", 0)}}}}', f'{{{{stride("{weight}", 0)}}}}'
+    return f"{tiles} = tl.make_tensor_descriptor({weight}, shape=[{rows}, K], strides=[{stride}, 1], block_shape=[BLOCK_N, BLOCK_K])"
 
 
 def source(tail: Tail) -> str:
     """The template's text with that tail, for Inductor to render."""
-    return _MAIN_LOOP.format(arguments=tail.signature(), order=indented(TILE_ORDER.splitlines(), 8)) + tail.source(8)
+    weights = tail.weights
+    descriptors = [_descriptor(*pair) for pair in zip(weights.names, expanded("b_tiles", weights.count), strict=True)]
+    loop = _MAIN_LOOP.format(
+        arguments=tail.signature(),
+        rows=weights.rows,
+        descriptors=indented(descriptors, 4),
+        order=indented(TILE_ORDER.splitlines(), 8),
+        pick=indented(weights.pick(["b_tiles", *tail.of_each_weight()]), 8),
+        local_tile=weights.local_tile,
+        local_columns=weights.local_columns,
+    )
+    return loop + tail.source(8)
 
 
 def template(tail: Tail) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 from .. import reference
 from ..epilogues import EPILOGUES
+from .weights import Weights, expanded
 
-__all__ = ["COLUMN", "CONSTANT", "OPERANDS", "ROW", "ROW_OPERANDS", "SCALAR", "Indexing", "Tail", "indented"]
+__all__ = ["COLUMN", "CONSTANT", "OF_EACH_WEIGHT", "OPERANDS", "ROW", "ROW_OPERANDS", "SCALAR", "Indexing", "Tail", "indented"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Indexing:
 SCALAR = Indexing("scalar", "tl.load({0})")
 ROW = Indexing("row", 'tl.load({0} + ram * {{{{stride("{0}", 0)}}}})[:, None]')
 COLUMN = Indexing("column", 'tl.load({0} + rbn * {{{{stride("{0}", 0)}}}})[None, :]')
+OF_EACH_WEIGHT = Indexing("each_weight", "tl.load({0} + rbn)[None, :]")
+"""A contiguous vector for each of several weights side by side; the main loop picks its weight's."""
 CONSTANT = Indexing("constant", "tl.full((), {0}, tl.float32)", is_argument=False)
 
 
@@ -47,6 +50,7 @@ ROW_OPERANDS = ("a_scale", "a_zero_point", "out_scale", "out_zero_point")
 class Tail:
     """The static shape of what follows the main loop. None: that operand is absent, or, a scale, applied by the main loop.
 
+    activations: in place of `activation`, one for each of several weights side by side (weights.py), whose number the main loop leaves in `weight`.
     block_size: dynamic requantize with scales as second output. fast: the result is stored with less precision than float32. ptx: a GPU's own
     instructions may be written, which the interpreter does not know.
     """
@@ -59,6 +63,7 @@ class Tail:
     out_scale: Indexing | None = None
     out_zero_point: Indexing | None = None
     activation: str = "none"
+    activations: tuple[str, ...] = ()
     out_quant_min: int = reference.INT8_MIN
     block_size: int | None = None
     fast: bool = False
@@ -74,19 +79,30 @@ class Tail:
         """The operands that are there, by field name, in the order in which a kernel takes them."""
         return {name: value for name in OPERANDS if (value := getattr(self, name)) is not None}
 
+    @property
+    def weights(self) -> Weights:
+        """Those that the main loop multiplies with."""
+        return Weights(len(self.activations) or 1)
+
+    def of_each_weight(self) -> list[str]:
+        """The operands of which each of several weights has its own, as kernel arguments without their numbers."""
+        return [name.upper() for name, indexing in self.operands().items() if indexing is OF_EACH_WEIGHT]
+
     def arguments(self) -> list[str]:
         """Names of the kernel arguments, after those of the main loop."""
-        names = [name.upper() for name, indexing in self.operands().items() if indexing.is_argument]
+        given = [(name.upper(), indexing) for name, indexing in self.operands().items() if indexing.is_argument]
+        names = [each for name, indexing in given for each in expanded(name, self.weights.count if indexing is OF_EACH_WEIGHT else 1)]
         return names + (["BLOCK_SCALES"] if self.block_size else [])
 
     def signature(self, *loop: str) -> str:
         """The kernel's arguments, as def_kernel takes them; `loop`: what the main loop reads besides A and B."""
-        return ", ".join(f'"{name}"' for name in ("A", "B", *loop, *self.arguments()))
+        return ", ".join(f'"{name}"' for name in ("A", *self.weights.names, *loop, *self.arguments()))
 
     def name(self) -> str:
         """A name for the kernel that says what the tail does, unique to it."""
         parts = [f"{name}_{indexing.name}" for name, indexing in self.operands().items()]
-        parts.append(f"{self.activation}_fast" if self.fast else self.activation)
+        parts += self.activations or [self.activation]
+        parts += ["fast"] if self.fast else []
         if self.out_scale or self.block_size:
             parts.append(f"int8_{-self.out_quant_min}")
         if self.block_size:
@@ -129,8 +145,18 @@ class Tail:
         lines.append(" * ".join(["x = dot.to(tl.float32)", *scales]))
         if self.bias:
             lines.append(f"x += {self._load('bias')}.to(tl.float32)")
-        epilogue = EPILOGUES[self.activation]
-        return [*lines, *((epilogue.triton_fast if self.fast else "") or epilogue.triton).splitlines()]
+        return lines + self._activation_lines()
+
+    def _activation_lines(self) -> list[str]:
+        epilogues = [EPILOGUES[name] for name in self.activations or (self.activation,)]
+        texts = [each.triton_fast if self.fast and each.triton_fast else each.triton for each in epilogues]
+        if len(set(texts)) == 1:
+            return texts[0].splitlines()
+        lines = []
+        for i, text in enumerate(texts):
+            lines.append("else:" if i == len(texts) - 1 else f"{'el' if i else ''}if weight == {i}:")
+            lines += [f"    {line}" for line in text.splitlines()]
+        return lines
 
     def _round_lines(self) -> list[str]:
         """Steps `t` to the int8 tile `y`: NaN is zero, round half to even, shift, saturate. One conversion of a GPU does all but the shift.

@@ -12,6 +12,7 @@ from typing import Any
 from .problem import TILE_ORDER, Device, Problem, padded, tiles
 from .render import triton_template
 from .tail import Tail, indented
+from .weights import whole_tiles
 
 __all__ = ["CONFIGS", "TiledConfig", "is_legal", "template"]
 
@@ -94,7 +95,7 @@ def is_legal(config: TiledConfig, problem: Problem, device: Device, tail: Tail) 
     """Whether `config` can be built, without spilling registers, with that tail on that device."""
     copy_bytes = math.gcd(problem.k, MAX_COPY_BYTES)  # every row begins at a multiple of it
     fits = config.shared_memory() <= device.shared_memory and config.registers(tail, copy_bytes) <= MAX_REGISTERS
-    return fits and (tail.block_size is None or config.block_n % tail.block_size == 0)
+    return fits and whole_tiles(problem, config.block_n) and (tail.block_size is None or config.block_n % tail.block_size == 0)
 
 
 def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[TiledConfig]:
@@ -118,20 +119,21 @@ def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) 
 _MAIN_LOOP = """
 {{{{def_kernel({arguments})}}}}
     M = {{{{size("A", 0)}}}}
-    N = {{{{size("B", 0)}}}}
+    N = {rows}
     K = {{{{size("A", 1)}}}}
     tile = tl.program_id(0).to(INDEX_DTYPE)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
 {order}
+{pick}
     rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
     rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
     # Rows past the end read the first row; the store leaves them out.
     ram = tl.where(rm < M, rm, 0)
-    rbn = tl.where(rn < N, rn, 0)
+    rbn = {local_columns}
     rk = tl.arange(0, BLOCK_K).to(INDEX_DTYPE)
     a_tile = A + ram[:, None] * {{{{stride("A", 0)}}}} + rk[None, :] * {{{{stride("A", 1)}}}}
-    b_tile = B + rbn[None, :] * {{{{stride("B", 0)}}}} + rk[:, None] * {{{{stride("B", 1)}}}}
+    b_tile = B + rbn[None, :] * {b_stride_0} + rk[:, None] * {b_stride_1}
     dot = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
 {init}
     for k in range(0, K, BLOCK_K):
@@ -144,15 +146,21 @@ _MAIN_LOOP = """
         dot = tl.dot(a, b, dot, out_dtype=tl.int32)
 {loop}
         a_tile += BLOCK_K * {{{{stride("A", 1)}}}}
-        b_tile += BLOCK_K * {{{{stride("B", 1)}}}}
+        b_tile += BLOCK_K * {b_stride_1}
 """
 
 
 def source(tail: Tail) -> str:
     """The template's text with that tail, for Inductor to render."""
+    weights = tail.weights
     loop = _MAIN_LOOP.format(
         arguments=tail.signature(),
+        rows=weights.rows,
         order=indented(TILE_ORDER.splitlines(), 4),
+        pick=indented(weights.pick(["B", *tail.of_each_weight()]), 4),
+        local_columns=weights.local_columns,
+        b_stride_0=weights.stride(0),
+        b_stride_1=weights.stride(1),
         init=indented(tail.init_lines(), 4),
         loop=indented(tail.loop_lines(), 8),
     )

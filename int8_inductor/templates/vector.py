@@ -12,7 +12,8 @@ from typing import Any
 
 from .problem import Device, Problem
 from .render import triton_template
-from .tail import Tail
+from .tail import Tail, indented
+from .weights import whole_tiles
 
 __all__ = ["CONFIGS", "VectorConfig", "is_legal", "template"]
 
@@ -38,7 +39,7 @@ WORD = 4
 
 def is_legal(config: VectorConfig, problem: Problem, device: Device, tail: Tail) -> bool:
     """Whether there is one row, in whole words. A tail that sums tiles for a zero point, or stores in blocks, is the tiled template's."""
-    return problem.one_row and problem.tma and not tail.loop_lines() and tail.block_size is None
+    return problem.one_row and problem.tma and not tail.loop_lines() and tail.block_size is None and whole_tiles(problem, config.block_n)
 
 
 def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[VectorConfig]:
@@ -50,19 +51,20 @@ def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) 
 _MAIN_LOOP = """
 {{{{def_kernel({arguments})}}}}
     M = {{{{size("A", 0)}}}}
-    N = {{{{size("B", 0)}}}}
+    N = {rows}
     K = {{{{size("A", 1)}}}}
     pid_m = 0
     pid_n = tl.program_id(0).to(INDEX_DTYPE)
     rm = tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+{pick}
     rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
     ram = rm
-    rbn = tl.where(rn < N, rn, 0)
+    rbn = {local_columns}
 {{% if DP4A %}}
     rk = tl.arange(0, BLOCK_WORDS)
     words = K // 4
     a_words = A.to(tl.pointer_type(tl.int32)) + rk[None, :]
-    b_words = B.to(tl.pointer_type(tl.int32)) + rbn[:, None] * ({{{{stride("B", 0)}}}} // 4) + rk[None, :]
+    b_words = B.to(tl.pointer_type(tl.int32)) + rbn[:, None] * ({b_stride} // 4) + rk[None, :]
     sums = tl.zeros((BLOCK_N, BLOCK_WORDS), dtype=tl.int32)
     for k in range(0, words, BLOCK_WORDS):
         if EVEN_K:
@@ -78,7 +80,7 @@ _MAIN_LOOP = """
     sums = tl.zeros((BLOCK_N, 4 * BLOCK_WORDS), dtype=tl.int32)
     for k in range(0, K, 4 * BLOCK_WORDS):
         a = tl.load(A + k + rk[None, :], mask=rk[None, :] < K - k, other=0)
-        b = tl.load(B + rbn[:, None] * {{{{stride("B", 0)}}}} + k + rk[None, :], mask=rk[None, :] < K - k, other=0)
+        b = tl.load(B + rbn[:, None] * {b_stride} + k + rk[None, :], mask=rk[None, :] < K - k, other=0)
         sums += a.to(tl.int32) * b.to(tl.int32)
 {{% endif %}}
     dot = tl.sum(sums, axis=1)[None, :]
@@ -87,7 +89,15 @@ _MAIN_LOOP = """
 
 def source(tail: Tail) -> str:
     """The template's text with that tail, for Inductor to render."""
-    return _MAIN_LOOP.format(arguments=tail.signature()) + tail.source(4)
+    weights = tail.weights
+    loop = _MAIN_LOOP.format(
+        arguments=tail.signature(),
+        rows=weights.rows,
+        pick=indented(weights.pick(["B", *tail.of_each_weight()]), 4),
+        local_columns=weights.local_columns,
+        b_stride=weights.stride(0),
+    )
+    return loop + tail.source(4)
 
 
 def template(tail: Tail) -> Any:
