@@ -6,6 +6,7 @@ Everything else imports what it needs of Inductor's internals from here, under o
 from __future__ import annotations
 
 import inspect
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,17 +177,29 @@ def chosen(box: Any, choices: list[Any]) -> int:
 
 
 def wait_for_compile_workers() -> None:
-    """Return once Inductor's compile workers take work; at once where there are none (one compile thread).
-
-    From then on this process assembles with the ptxas of torch, as the workers do. With Triton's own it would not find their results in Triton's
-    cache, and compile every choice again before timing it, one after the other (torch 2.11 to 2.15: AsyncCompile.triton sets the path only where it
-    has no workers).
-    """
+    """Return once Inductor's compile workers take work; at once where there are none (one compile thread)."""
     from torch._inductor.async_compile import AsyncCompile
+
+    _assemble_as_the_workers_do()
+    AsyncCompile.wait_pool_ready()
+
+
+def _assemble_as_the_workers_do() -> None:
+    """From here on this process assembles with the ptxas that torch brings, as Inductor's compile workers do.
+
+    Triton's cache has results under the version of ptxas. With Triton's own this process would not find what the workers compiled, and compile every
+    choice again before it times it, one after the other (torch 2.11 to 2.15: AsyncCompile.triton sets the path only where there are no workers).
+    """
     from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
+    before = os.environ.get("TRITON_PTXAS_PATH")
     _set_triton_ptxas_path()
-    AsyncCompile.wait_pool_ready()
+    if os.environ.get("TRITON_PTXAS_PATH") != before:
+        from triton.backends.nvidia import compiler
+
+        # Both remember the version of the ptxas that they saw first.
+        compiler.get_ptxas_version.cache_clear()
+        compiler.CUDABackend.hash.cache_clear()
 
 
 def start_compiling(choice: Any) -> None:

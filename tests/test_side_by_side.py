@@ -15,7 +15,7 @@ from test_templates import FLAT, SMALL, only
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from int8_inductor import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, calibrate, quantize_
+from int8_inductor import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, calibrate, ops, quantize_
 from int8_inductor.epilogues import EPILOGUES
 from int8_inductor.side_by_side import scaled_mm_side_by_side
 from int8_inductor.templates import persistent, tiled, vector
@@ -322,3 +322,16 @@ def test_five_linears_are_four_and_one() -> None:
         compiled, want = run(model, x), model(x)
     assert len(compiled.kernels) == 3
     torch.testing.assert_close(compiled.output, want, rtol=1e-4, atol=1e-4)
+
+
+def test_operators_that_the_model_calls_are_joined_and_take_up_what_follows(device: str) -> None:
+    several = Several(5, 48, [128, 256], ["none", "none"])
+    a, (one, other), a_scale, (one_scale, other_scale), _ = several.arguments(device)
+
+    def fn(a: Tensor, one: Tensor, other: Tensor, a_scale: Tensor, one_scale: Tensor, other_scale: Tensor) -> tuple[Tensor, Tensor]:
+        return F.relu(ops.scaled_mm(a, one, a_scale, one_scale)), ops.scaled_mm(a, other, a_scale, other_scale)
+
+    compiled = run(fn, a, one, other, a_scale, one_scale, other_scale)
+    assert len(compiled.kernels) == 1
+    several.activations = ["relu", "none"]
+    check_float(torch.cat(compiled.output, 1).cpu(), several.want(False))

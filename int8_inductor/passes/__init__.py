@@ -11,8 +11,8 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
-from .. import config
-from ..explain import publish
+from .. import config, ops
+from ..explain import TAG, publish
 from ..kernels import KernelPreference, parse
 from .base import argument, aten, val
 from .context import Context, current, running
@@ -31,6 +31,8 @@ def _note_dequants(graph: Graph) -> None:
     """Enter every dequant in the ledger, and the order of the nodes, before anything changes."""
     for position, node in enumerate(graph.nodes):
         current().ledger.order[node.name] = position
+        if node.target in ops.OPERATORS:
+            node.meta[TAG] = node.name  # an operator that the model calls by its name
         if (dequant := find_dequant(node)) is not None:
             current().ledger.found_dequant(node, dequant.problem)
 
