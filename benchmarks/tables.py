@@ -130,9 +130,35 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _beside(row: dict[str, Any], stock: list[dict[str, Any]], name: str) -> str:
+    """A value, and for others than stock rows how many times the least that a stock row has it is."""
+    least = min((each[name] for each in stock if each[name] is not None), default=None)
+    if row[name] is None or least is None or row["group"] == BASELINE:
+        return _number(row[name], 1)
+    return f"{row[name]:.1f} ({times(row[name] / least)})"
+
+
+def _compiled(row: dict[str, Any], stock: list[dict[str, Any]]) -> str:
+    if row["compile_s"] is None or not row["cold"]:
+        return _number(row["compile_s"], 1) + ("" if row["compile_s"] is None else " warm")
+    return _beside(row, [each for each in stock if each["cold"] and each["mode"] == "default"], "compile_s")
+
+
+def _second(row: dict[str, Any]) -> str:
+    """Seconds of a second process, and how often it tuned a product or another kernel."""
+    if "second" not in row:
+        return "-"
+    tuned = row["second"]["tuned"]
+    return f"{row['second']['compile_s']:.1f}, {tuned['products'] + tuned['others']} tuned"
+
+
 def models(result: dict[str, Any]) -> Table:
-    """One line for each workload and variant; the ratio is to the workload's fastest stock variant."""
-    measures = ["compile s", "peak MB", "weights MB", "SQNR dB", "kernels", "linears"]
+    """One line for each workload and variant; the ratio is to the workload's fastest stock variant.
+
+    In brackets: seconds of a cold compilation as a multiple of stock-default's cold ones, memory as one of the least that a stock variant takes.
+    """
+    again = any("second" in row for row in result["rows"])
+    measures = ["compile s", *["2nd process s"] * again, "peak MB", "weights MB", "SQNR dB", "kernels", "linears"]
     header = ["workload, variant", "ms", "p20..p80", f"vs best {result['float']}", *measures]
     rows = []
     for row in sorted(result["rows"], key=lambda each: (each["workload_index"], each["variant_index"])):
@@ -140,13 +166,13 @@ def models(result: dict[str, Any]) -> Table:
         if row["status"] != OK:
             rows.append([first, row["status"] if row["status"] == UNAVAILABLE else "FAILED", *["-"] * (len(header) - 2)])
             continue
-        base = best([each for each in result["rows"] if each["workload"] == row["workload"] and each["group"] == BASELINE])
-        compiled = _number(row["compile_s"], 1) + ("" if row["cold"] or row["compile_s"] is None else " warm")
+        stock = [each for each in result["rows"] if each["workload"] == row["workload"] and each["group"] == BASELINE and each["status"] == OK]
+        base = best(stock)
         linears = "-" if row["linears"] is None else f"{row['linears']['rewritten']}/{row['linears']['present']}"
         rows.append([
-            first, f"{row['ms']:.3f}", f"{row['ms_p20']:.3f}..{row['ms_p80']:.3f}", times(base["ms"] / row["ms"] if base else None), compiled,
-            _number(row["peak_mb"], 1), _number(row["weights_mb"], 1), _number(row["sqnr_db"], 1),
-            "-" if row["kernels"] is None else str(row["kernels"]), linears,
+            first, f"{row['ms']:.3f}", f"{row['ms_p20']:.3f}..{row['ms_p80']:.3f}", times(base["ms"] / row["ms"] if base else None),
+            _compiled(row, stock), *[_second(row)] * again, _beside(row, stock, "peak_mb"), _beside(row, stock, "weights_mb"),
+            _number(row["sqnr_db"], 1), "-" if row["kernels"] is None else str(row["kernels"]), linears,
         ])  # fmt: skip
     return header, rows
 

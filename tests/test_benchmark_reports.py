@@ -72,8 +72,9 @@ def models_result(date: str = "2026-01-02T03:04:05Z") -> dict[str, Any]:
         for j, (variant, ms) in enumerate((("stock-eager", 9.0), ("stock-default", 6.0), ("ours-dynamic-default", 4.0))):
             rows.append({
                 "workload": workload, "variant": variant, "group": variant.split("-")[0], "workload_index": i, "variant_index": j, "label": variant,
-                "mode": None, "cold": j < 2, "ms": ms, "ms_p20": ms - 0.1, "ms_p80": ms + 0.1, "method": "by hand", "status": "ok", "reason": None,
-                "compile_s": None if j == 0 else 12.0, "peak_mb": 100.0, "weights_mb": 50.0, "sqnr_db": None if j == 0 else 30.0, "kernels": 7,
+                "mode": "default" if j else None, "cold": j < 2, "ms": ms, "ms_p20": ms - 0.1, "ms_p80": ms + 0.1, "method": "by hand",
+                "status": "ok", "reason": None, "compile_s": None if j == 0 else 12.0, "peak_mb": (120.0, 100.0, 90.0)[j],
+                "weights_mb": (50.0, 50.0, 25.0)[j], "sqnr_db": None if j == 0 else 30.0, "kernels": 7,
                 "linears": {"rewritten": 28, "present": 29} if j == 2 else None,
             })  # fmt: skip
     absent = {"variant": "torchao", "group": "torchao", "variant_index": 3, "status": "unavailable", "reason": "not installed", "ms": None}
@@ -112,9 +113,23 @@ def test_models_table() -> None:
     assert header[3] == "vs best bf16"
     assert rows[0][:5] == ["ViT, stock-eager", "9.000", "8.900..9.100", "0.67x", "-"]
     assert rows[1][3:5] == ["1.00x", "12.0"]
-    assert rows[2] == ["ViT, ours-dynamic-default", "4.000", "3.900..4.100", "1.50x", "12.0 warm", "100.0", "50.0", "30.0", "7", "28/29"]
+    assert rows[2] == [
+        "ViT, ours-dynamic-default", "4.000", "3.900..4.100", "1.50x", "12.0 warm", "90.0 (0.90x)", "25.0 (0.50x)", "30.0", "7", "28/29",
+    ]  # fmt: skip
     assert rows[3] == ["ViT, torchao", "unavailable", *["-"] * 8]
     assert [row[0].split(",")[0] for row in rows] == ["ViT"] * 4 + ["Llama"] * 3
+
+
+def test_models_table_of_cold_compilations_and_second_processes() -> None:
+    result = models_result()
+    ours = next(row for row in result["rows"] if row["group"] == "ours")
+    ours |= {"cold": True, "compile_s": 30.0, "second": {"compile_s": 4.25, "tuned": {"products": 1, "candidates": 8, "others": 2}}}
+    header, rows = tables.models(result)
+    assert header[4:6] == ["compile s", "2nd process s"]
+    assert rows[2][4:6] == ["30.0 (2.50x)", "4.2, 3 tuned"]
+    assert rows[1][4:6] == ["12.0", "-"]
+    assert rows[-1][5] == "-"
+    assert len({len(row) for row in [header, *rows]}) == 1
 
 
 def test_markdown_has_one_line_a_row() -> None:
