@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 from int8_inductor import autotune
 from int8_inductor.explain import REWRITTEN, Report, recording
@@ -149,8 +150,8 @@ def first_call(setting: Setting, variant: Variant) -> First:
     call = lambda: compiled(setting.example)  # noqa: E731 - one name for what every helper below runs
     synchronize(setting.device)
     start = time.monotonic()
-    # What `explain` reports, taken from the compilation that is measured instead of from another one.
-    with recording() as report, counting_tunings() as tuned:
+    # What `explain` reports, taken from the compilation that is measured instead of from another one. Dynamo reads the flag `freezing` itself.
+    with recording() as report, counting_tunings() as tuned, inductor_config.patch(freezing=variant.freezing):
         call()
         synchronize(setting.device)
     return First(model, call, time.monotonic() - start, report, tuned)

@@ -116,7 +116,7 @@ class Run:
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     models = list(dict.fromkeys(each.model for each in WORKLOADS))
-    parser.add_argument("--models", help=f"comma-separated, from {', '.join(models)} (default: all)")
+    parser.add_argument("--models", help=f"comma-separated, from {', '.join(models)} (default: all but minilm; on a CPU minilm)")
     parser.add_argument("--variants", help=f"comma-separated, from {', '.join(each.name for each in VARIANTS)} (default: all)")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand weights, for tests on any machine")
     parser.add_argument("--warm-modes", action="store_true",
@@ -134,6 +134,8 @@ def main(argv: list[str] | None = None, variants: tuple[Variant, ...] = VARIANTS
     device = torch.device(options.device)
     workloads = TINY if options.tiny else WORKLOADS
     models = common.choose(options.models, list(dict.fromkeys(each.model for each in workloads)), "--models")
+    if options.models is None and not options.tiny:
+        models = [each.model for each in workloads if each.default_on == device.type]
     names = common.choose(options.variants, [each.name for each in variants], "--variants")
     plan = plan_of([each for each in workloads if each.model in models], [each for each in variants if each.name in names])
     budget = Budget(options.seconds)

@@ -21,7 +21,7 @@ from .roofline import CEILINGS
 
 COLORS = {
     "ours": "#1259b0", "ours triton": "#5b9bd5", "ours torch": "#a9c9ea",
-    "stock": "#6b6b6b", "fp8": "#d9801e", "int_mm": "#8a5aa8", "torchao": "#2a9d6f",
+    "stock": "#6b6b6b", "fp8": "#d9801e", "int_mm": "#8a5aa8", "torchao": "#2a9d6f", "pt2e": "#c1443c",
 }  # fmt: skip
 MARKERS = {"ours": "o", "ours triton": "^", "ours torch": "v", "stock": "s", "fp8": "D", "int_mm": "P", "torchao": "X"}
 ROOFLINE_GROUPS = ("stock", "fp8", "ours")

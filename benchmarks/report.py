@@ -12,18 +12,22 @@ from typing import Any
 
 from . import tables
 from .common import ROOT, program, read_json, say
+from .tables import Table
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the README: the results of one kind, measured on one of `devices`, and what makes their table and notes."""
+    """A section of the README: the results of one kind, measured on one of `devices`, and what makes their tables and notes.
+
+    A table without rows is left out.
+    """
 
     head: str
     kind: str
     devices: tuple[str, ...]
-    table: Callable[[dict[str, Any]], tables.Table]
+    tables: tuple[Callable[[dict[str, Any]], Table], ...]
     notes: Callable[[dict[str, Any]], list[str]]
 
     def shows(self, result: dict[str, Any]) -> bool:
@@ -36,10 +40,11 @@ def _left_out(result: dict[str, Any]) -> list[str]:
 
 
 SECTIONS = (
-    Section("Scaled INT8 products", "gemm", ("cuda",), lambda result: tables.gemm(result, brief=True), tables.notes),
-    Section("Whole models", "models", ("cuda",), tables.models, _left_out),
-    Section("Whole models on a CPU", "models", ("cpu",), tables.models, _left_out),
-    Section("Accuracy", "accuracy", ("cuda", "cpu"), tables.accuracy, tables.accuracy_notes),
+    Section("Scaled INT8 products", "gemm", ("cuda",), (lambda result: tables.gemm(result, brief=True), tables.means), tables.notes),
+    Section("Whole models", "models", ("cuda",), (tables.models,), _left_out),
+    Section("Scaled INT8 products on a CPU", "gemm", ("cpu",), (tables.means,), tables.notes),
+    Section("Whole models on a CPU", "models", ("cpu",), (tables.models,), _left_out),
+    Section("Accuracy", "accuracy", ("cuda", "cpu"), (tables.accuracy,), tables.accuracy_notes),
 )
 
 
@@ -85,7 +90,8 @@ def one(section: Section, path: Path) -> str:
     result = read_json(path)
     chart = f"![{section.head}](benchmarks/results/{path.with_suffix('.png').name})"
     listed = "\n".join(f"- {note}" for note in section.notes(result))
-    return f"{source(result, path.name)}\n\n{chart}\n\n{tables.markdown(*section.table(result))}\n\n{listed}"
+    shown = [table for make in section.tables if (table := make(result))[1]]
+    return "\n\n".join([source(result, path.name), chart, *(tables.markdown(*table) for table in shown), listed])
 
 
 def block(root: Path) -> str:

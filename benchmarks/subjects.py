@@ -22,6 +22,8 @@ from int8_inductor import (
     smooth_quant,
 )
 
+from . import minilm
+
 SEED = 0
 Batches = list[tuple[Tensor, ...]]
 
@@ -59,24 +61,6 @@ PAIRS = 16
 TOKENS = 64
 TEMPERATURE = 0.05
 """Of the loss that MiniLM was trained with: cosines times 20."""
-
-
-def _minilm_lacks() -> str | None:
-    if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed"
-    from examples.minilm.encoder import PACKAGE
-
-    return None if importlib.util.find_spec(PACKAGE) is not None else f"the package {PACKAGE}, which `make demo` installs, is not installed"
-
-
-def _minilm(layers: int | None) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        from examples.minilm.encoder import load_encoder
-
-        with torch.device("cpu"):
-            return load_encoder(layers)
-
-    return build
 
 
 def _halves(count: int, seed: int) -> Batches:
@@ -172,13 +156,13 @@ _LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_hea
 _LLAMA_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 SUBJECTS: tuple[Subject, ...] = (
-    Subject("MiniLM, real weights and text", "minilm", _minilm_lacks, _minilm(None), _halves, _pair_perplexity, calibration=8, evaluation=16),
+    Subject("MiniLM, real weights and text", "minilm", minilm.lacks, minilm.encoder, _halves, _pair_perplexity, calibration=8, evaluation=16),
     _random_llama("Llama-3.1-8B shapes, 1 layer, random", "llama1", 256, 2, 2, num_hidden_layers=1, **_LLAMA_8B),
     _random_llama("Llama-3.1-8B shapes, 4 layers, random", "llama4", 1024, 2, 4, num_hidden_layers=4, **_LLAMA_8B),
 )
 DEFAULT_KEYS = {"cpu": ("minilm", "llama1"), "cuda": ("minilm", "llama4")}
 TINY: tuple[Subject, ...] = (
-    Subject("MiniLM, 1 layer", "minilm", _minilm_lacks, _minilm(1), _halves, _pair_perplexity, calibration=1, evaluation=1),
+    Subject("MiniLM, 1 layer", "minilm", minilm.lacks, lambda: minilm.encoder(1), _halves, _pair_perplexity, calibration=1, evaluation=1),
     _random_llama("tiny Llama, random", "llama1", 16, 1, 2, num_hidden_layers=2, **_LLAMA_TINY),
 )
 """The same paths in a size for tests, on any machine."""

@@ -104,14 +104,19 @@ def gemm_means(result: dict[str, Any]) -> list[tuple[str, str, float, float, int
     return found
 
 
-def notes(result: dict[str, Any]) -> list[str]:
-    """What a GEMM table does not show: geometric means, who was left out and why, how times were taken."""
+def means(result: dict[str, Any]) -> Table:
+    """Our speed as a multiple of each rival's over a range of M: geometric mean, smallest, and of how many cases."""
+    found = gemm_means(result)
+    rivals = [rival for rival in RIVALS if any(each[1] == rival for each in found)]
+    cells = {(name, rival): f"{mean:.2f}x, least {least:.2f}x of {count}" for name, rival, mean, least, count in found}
     names = {"stock": f"best {result['float']}"}
-    lines = [
-        f"{name}: {mean:.2f}x {names.get(rival, rival)}, geometric mean of {count}, smallest {least:.2f}x"
-        for name, rival, mean, least, count in gemm_means(result)
-    ]
-    return lines + left_out(result, "peer")
+    header = ["geometric mean", *(f"vs {names.get(rival, rival)}" for rival in rivals)]
+    return header, [[name, *(cells.get((name, rival), "-") for rival in rivals)] for name in dict.fromkeys(each[0] for each in found)]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What a GEMM table does not show: who was left out and why, how times were taken."""
+    return left_out(result, "peer")
 
 
 def left_out(result: dict[str, Any], name: str) -> list[str]:

@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 
 from benchmarks import common, plot, report, tables
-from benchmarks.cases import SHAPE_SETS, TAILS, Case, parse_case
+from benchmarks.cases import GROUPS, HELD_OUT_SEED, SHAPE_SETS, TAILS, Case, held_out, parse_case
 from benchmarks.roofline import floor_ms
 
 GELU = "gelu-int8"
@@ -98,6 +98,35 @@ def test_gemm_table() -> None:
     assert "left out: absent: not installed" in tables.notes(gemm_result())
 
 
+def test_means_by_range_of_m_are_a_table() -> None:
+    header, rows = tables.means(gemm_result())
+    assert header == ["geometric mean", "vs best bf16", "vs fp8", "vs int_mm"]
+    assert rows == [
+        ["Llama, M >= 1024", "2.00x, least 2.00x of 12", "1.25x, least 1.25x of 12", "2.50x, least 2.50x of 12"],
+        ["Llama, M 64 and 256", "2.00x, least 2.00x of 8", "1.25x, least 1.25x of 8", "2.50x, least 2.50x of 8"],
+        ["Llama, M 1 and 16", "2.00x, least 2.00x of 8", "1.25x, least 1.25x of 8", "-"],
+        ["ViT-B/16, batch 32", "2.00x, least 2.00x of 4", "1.25x, least 1.25x of 4", "2.50x, least 2.50x of 4"],
+    ]
+    nothing = gemm_result() | {"rows": []}
+    assert tables.means(nothing)[1] == []
+
+
+def test_held_out_shapes_are_drawn_by_seed_and_stand_in_no_set() -> None:
+    cases = held_out()
+    assert cases == held_out(HELD_OUT_SEED)
+    assert not set(cases) & set(held_out(1))
+    known = {(case.n, case.k) for each in SHAPE_SETS.values() for case in each}
+    assert len(set(cases)) == len(cases) == 24
+    for case in cases:
+        assert (case.n, case.k) not in known
+        assert 1 <= case.m <= 8192
+        assert case.n % 16 == case.k % 16 == 0
+        assert min(case.n, case.k) >= 512
+        assert next(name for name, belongs in GROUPS.items() if belongs(case)).startswith("other shapes")
+    assert {case.tail.name for case in cases} == {"plain", GELU}
+    assert any(case.m % 2 for case in cases)
+
+
 def test_a_geometric_mean_is_one() -> None:
     result = gemm_result()
     large = [row for row in result["rows"] if row["peer"] == "ours" and row["m"] == 16]
@@ -181,6 +210,7 @@ def test_report_writes_the_block_and_check_sees_that_it_is_stale(checkout: Path,
     assert readme.startswith(f"# Head\n\n{report.BEGIN}\n### Scaled INT8 products\n")
     assert readme.endswith(f"{report.END}\n\ntail\n")
     assert "old" not in readme
+    assert "| Llama, M >= 1024 | 2.00x, least 2.00x of 12 |" in readme
     for part in ("| 8192 x 8192 x 8192 | 8000.0 | 5000.0 | 4000.0 |", "](benchmarks/results/gemm-a.png)", "](benchmarks/results/models-a.png)",
                  "NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, 2026-01-02, commit ffffffffffff with local changes"):  # fmt: skip
         assert part in readme
@@ -188,7 +218,11 @@ def test_report_writes_the_block_and_check_sees_that_it_is_stale(checkout: Path,
     add_result(checkout, "gemm-b", gemm_result(3.0, "2026-01-03T00:00:00Z"), track=False)
     add_result(checkout, "gemm-c", gemm_result(3.0, "2026-01-04T00:00:00Z", device="cpu"))
     add_result(checkout, "gemm-d", gemm_result(3.0, "2026-01-01T00:00:00Z"))
-    assert report.main(["--check"], checkout) == 0
+    assert report.main(["--check"], checkout) == 1
+    assert report.main(["--readme"], checkout) == 0
+    readme = (checkout / "README.md").read_text()
+    assert [readme.count(f"{name}.png") for name in ("gemm-a", "gemm-b", "gemm-c", "gemm-d")] == [1, 0, 1, 0]
+    assert "### Scaled INT8 products on a CPU" in readme
     add_result(checkout, "gemm-b", gemm_result(3.0, "2026-01-03T00:00:00Z"))
     assert report.main(["--check"], checkout) == 1
     assert report.main(["--readme"], checkout) == 0

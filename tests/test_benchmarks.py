@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
-from benchmarks import common, gemm, models, second_process
+from benchmarks import common, gemm, minilm, models, second_process
 from benchmarks.cases import TAILS, Case
 from benchmarks.model_rows import compile_cache, counting_tunings
 from benchmarks.operands import FLOAT, INT8, INT8_BF16_SCALES, OUT_SCALE, check, float64_truth
 from benchmarks.peers import PEERS, Peer
 from benchmarks.variants import VARIANTS, Variant
-from benchmarks.workloads import TINY
+from benchmarks.workloads import TINY, WORKLOADS
 from int8_inductor import autotune
 
 CPU = torch.device("cpu")
@@ -311,6 +314,40 @@ def test_tunings_are_counted() -> None:
             autotune._median_ms(None, out=None)
         torch._dynamo.utils.counters["inductor"]["select_algorithm_autotune"] += 2
     assert counts == {"products": 2, "candidates": 1, "others": 0}
+
+
+def test_stock_inductors_int8_path_is_a_peer() -> None:
+    """The quantizer for x86 and freezing end in oneDNN's fused linear on u8, two for two layers."""
+    pytest.importorskip("torchao")
+    variant = next(each for each in VARIANTS if each.name == "pt2e-static")
+    assert variant.lacks() is None
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)).eval(), torch.randn(16, 32)
+    with torch.no_grad(), inductor_config.patch(freezing=variant.freezing, cpu_backend="cpp"):
+        converted = variant.prepare(copy.deepcopy(model), lambda: [(x,), (torch.randn(16, 32),)])
+        output, (code,) = run_and_get_code(variant.compiled(converted), x)
+        noise = (output - model(x)).square().sum() / model(x).square().sum()
+    assert code.count("torch.ops.onednn.qlinear_pointwise.") == 2
+    assert 1e-7 < noise < 1e-3
+
+
+def test_models_that_run_without_being_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {each.model for each in WORKLOADS if each.default_on == "cuda"} == {"vit", "llama"}
+    chosen: list[str] = []
+    monkeypatch.setattr(models, "plan_of", lambda workloads, variants: chosen.extend(each.name for each in workloads) or [])
+    assert models.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert chosen == ["MiniLM, 1 x 128", "MiniLM, 32 x 128"]
+
+
+def test_minilm_embeds_texts_of_any_length_alike() -> None:
+    if (reason := minilm.lacks()) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    ids = minilm.text_tokens(3, 32)(CPU, torch.float32)
+    assert (ids.shape, ids.dtype, int(ids[0, 0])) == ((3, 32), torch.int64, 101)
+    model = minilm.OfTokens(1).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.nn.functional.pad(ids, (0, 16))), model(ids), rtol=0, atol=1e-5)
 
 
 def test_ranks_run_on_every_workload_before_the_next_rank() -> None:
