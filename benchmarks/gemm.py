@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import common, plot, tables
-from .cases import SHAPE_SETS, Case, parse_case
+from .cases import HELD_OUT_SEED, SHAPE_SETS, Case, held_out, parse_case
 from .common import ERROR, OK, REFUSED, UNAVAILABLE, WRONG, Budget, say
 from .operands import Operands, check
 from .peers import PEERS, Peer
@@ -21,6 +21,9 @@ from .timing import rotation, time_call, time_graph
 
 GRAPH_BELOW = 2**37
 """Below this many operations (0.14 ms and less on an H200 in INT8) a case is timed by graph replay: launch gaps would hide the kernels."""
+
+HELD_OUT = "held-out"
+"""The name of the set that is drawn, in --shapes."""
 
 Sets = dict[str, list[tuple[Tensor, ...]]]
 
@@ -116,7 +119,9 @@ def run(cases: list[Case], peers: list[Peer], device: torch.device, budget: Budg
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gemm", description=__doc__)
-    parser.add_argument("--shapes", choices=list(SHAPE_SETS), help="a set of shapes (default: table on a GPU, small on the CPU)")
+    parser.add_argument("--shapes", choices=[*SHAPE_SETS, HELD_OUT],
+                        help="a set of shapes (default: table on a GPU, small on the CPU); held-out: random ones that no other set has")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the held-out shapes (default: %(default)s)")
     parser.add_argument("--shape", action="append", default=[], metavar="M,N,K[,tail]", help="one shape; may be repeated; instead of --shapes")
     parser.add_argument("--peers", help=f"comma-separated, from {', '.join(peer.name for peer in PEERS)} (default: all)")
     common.add_arguments(parser, seconds=240)
@@ -129,7 +134,7 @@ def main(argv: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) -> int:
     options = arguments(argv)
     device = torch.device(options.device)
     shapes = options.shapes or ("table" if device.type == "cuda" else "small")
-    cases = [parse_case(text) for text in options.shape] or list(SHAPE_SETS[shapes])
+    cases = [parse_case(text) for text in options.shape] or list(held_out(options.seed) if shapes == HELD_OUT else SHAPE_SETS[shapes])
     names = common.choose(options.peers, [peer.name for peer in peers], "--peers")
     budget = Budget(options.seconds)
     common.prepare(device)
@@ -138,6 +143,8 @@ def main(argv: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) -> int:
     result = run(cases, [peer for peer in peers if peer.name in names], device, budget, path, record)
     plot.draw(path)
     say(tables.text(*tables.gemm(result)))
+    if (means := tables.means(result))[1]:
+        say("\n" + tables.text(*means) + "\n")
     say("\n".join(tables.notes(result)))
     say(f"wrote {path.name} and {path.with_suffix('.png').name} in {budget.elapsed:.0f} s")
     return common.exit_code(result["rows"])

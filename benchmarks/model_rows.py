@@ -15,7 +15,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
+from int8_inductor import autotune
 from int8_inductor.explain import REWRITTEN, Report, recording
 
 from . import common
@@ -106,6 +108,55 @@ def compile_cache(directory: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def counting_tunings() -> Iterator[dict[str, int]]:
+    """What is tuned inside the block: `products` whose kernel is chosen by timing, `candidates` of ours timed for that, and `others`: Inductor's
+    kernels of several configs. The dictionary is filled when the block ends.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    counts: dict[str, int] = {}
+    products = counters["inductor"]["select_algorithm_autotune"]
+    tune = CachingAutotuner.autotune_to_one_config
+    with (
+        mock.patch.object(autotune, "_median_ms", wraps=autotune._median_ms) as ours,
+        mock.patch.object(CachingAutotuner, "autotune_to_one_config", side_effect=tune, autospec=True) as others,
+    ):
+        yield counts
+    counts |= {
+        "products": counters["inductor"]["select_algorithm_autotune"] - products,
+        "candidates": ours.call_count,
+        "others": others.call_count,
+    }
+
+
+@dataclass
+class First:
+    """A compiled model and what its first call took: seconds, graphs that the passes ran over (those from a cache are not among them), tunings."""
+
+    model: nn.Module
+    call: Callable[[], Any]
+    seconds: float
+    report: Report
+    tuned: dict[str, int]
+
+
+def first_call(setting: Setting, variant: Variant) -> First:
+    """Prepare a copy of the model, compile it, and call it once."""
+    model = variant.prepare(copy.deepcopy(setting.base), setting.batches)
+    release(setting.device)
+    compiled = variant.compiled(model)
+    call = lambda: compiled(setting.example)  # noqa: E731 - one name for what every helper below runs
+    synchronize(setting.device)
+    start = time.monotonic()
+    # What `explain` reports, taken from the compilation that is measured instead of from another one. Dynamo reads the flag `freezing` itself.
+    with recording() as report, counting_tunings() as tuned, inductor_config.patch(freezing=variant.freezing):
+        call()
+        synchronize(setting.device)
+    return First(model, call, time.monotonic() - start, report, tuned)
+
+
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor's data takes; a tensor subclass, like torchao's, says the dtype that it stands for, so its parts are asked."""
     if hasattr(tensor, "__tensor_flatten__"):
@@ -121,22 +172,14 @@ def linears_of(report: Report) -> dict[str, int]:
 
 def measure(setting: Setting, variant: Variant) -> dict[str, Any]:
     """Prepare, compile, check, time: the measured part of a row."""
-    device, example = setting.device, setting.example
+    device = setting.device
     reserved = release(device)
-    model = variant.prepare(copy.deepcopy(setting.base), setting.batches)
-    tensors = [*model.parameters(), *model.buffers()]
+    first = first_call(setting, variant)
+    call, tensors = first.call, [*first.model.parameters(), *first.model.buffers()]
     row: dict[str, Any] = {"weights_mb": sum(map(stored_bytes, tensors)) / MEGA}
-    release(device)
-    compiled = variant.compiled(model)
-    call = lambda: compiled(example)  # noqa: E731 - one name for what every helper below runs
-    synchronize(device)
-    start = time.monotonic()
-    # What `explain` reports, taken from the compilation that is measured instead of from another one.
-    with recording() as report:
-        call()
-    synchronize(device)
-    row["compile_s"] = None if variant.mode is None else time.monotonic() - start
-    row["linears"] = linears_of(report) if variant.group == "ours" else None
+    row["compile_s"] = None if variant.mode is None else first.seconds
+    row["tuned"] = None if variant.mode is None else first.tuned
+    row["linears"] = linears_of(first.report) if variant.group == "ours" else None
     # The second call records the CUDA graphs of the modes that have them, the third replays.
     call()
     call()

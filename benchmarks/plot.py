@@ -21,7 +21,7 @@ from .roofline import CEILINGS
 
 COLORS = {
     "ours": "#1259b0", "ours triton": "#5b9bd5", "ours torch": "#a9c9ea",
-    "stock": "#6b6b6b", "fp8": "#d9801e", "int_mm": "#8a5aa8", "torchao": "#2a9d6f",
+    "stock": "#6b6b6b", "fp8": "#d9801e", "int_mm": "#8a5aa8", "torchao": "#2a9d6f", "pt2e": "#c1443c",
 }  # fmt: skip
 MARKERS = {"ours": "o", "ours triton": "^", "ours torch": "v", "stock": "s", "fp8": "D", "int_mm": "P", "torchao": "X"}
 ROOFLINE_GROUPS = ("stock", "fp8", "ours")
@@ -139,7 +139,48 @@ def models_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
-FIGURES = {"gemm": gemm_figure, "models": models_figure}
+def draw_layers(axes: Axes, rows: list[dict[str, Any]], colors: dict[str, Any]) -> None:
+    """SQNR of every layer, in the order of the model, one line a scheme."""
+    for row in rows:
+        known = [(x, value) for x, value in enumerate(row["layers"].values()) if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), marker="o", markersize=3, linewidth=1, color=colors[row["scheme"]])
+    axes.set_ylabel("SQNR of a layer, dB", fontsize=8)
+    axes.set_xlabel("quantized linear, in the order of the model", fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def draw_perplexity(axes: Axes, rows: list[dict[str, Any]], colors: dict[str, Any]) -> None:
+    """What each scheme adds to the perplexity, in percent."""
+    shares = [(row["perplexity"] / row["perplexity_float32"] - 1) * 100 for row in rows]
+    axes.barh(range(len(rows)), shares, color=[colors[row["scheme"]] for row in rows])
+    for y, (row, share) in enumerate(zip(rows, shares, strict=True)):
+        axes.annotate(f"{row['perplexity']:.4g} ({share:+.2f}%)", (max(share, 0.0), y), (4, 0), "data", "offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["scheme"] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    low, high = min([0.0, *shares]), max([1e-3, *shares])
+    axes.set_xlim(low, high + 0.45 * (high - low))
+    axes.set_xlabel("perplexity, and what is added to float32's, %", fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def accuracy_figure(result: dict[str, Any]) -> Figure:
+    """A line of two panels a subject: perplexity with the schemes' names in the layers' colours, and the layers."""
+    rows = sorted((row for row in result["rows"] if row["status"] == OK), key=lambda row: (row["subject_index"], row["scheme_index"]))
+    subjects, schemes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("subject", "scheme"))
+    palette = plt.get_cmap("tab10")
+    colors = {scheme: palette(i % 10) for i, scheme in enumerate(schemes)}
+    figure, axes = plt.subplots(len(subjects), 2, figsize=(13, 0.6 + 3.4 * len(subjects)), squeeze=False, layout="constrained")
+    for (left, right), subject in zip(axes, subjects, strict=True):
+        own = [row for row in rows if row["subject"] == subject]
+        draw_perplexity(left, own, colors)
+        draw_layers(right, own, colors)
+        left.set_title(subject, fontsize=10)
+    figure.suptitle(f"Accuracy: {title(result)}")
+    return figure
+
+
+FIGURES = {"gemm": gemm_figure, "models": models_figure, "accuracy": accuracy_figure}
 
 
 def draw(path: Path) -> Path | None:

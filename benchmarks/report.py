@@ -1,19 +1,51 @@
-"""`python -m benchmarks.report --readme`: write the newest committed GPU results into README.md, between two markers. `--check` fails when stale."""
+"""`python -m benchmarks.report --readme`: write the newest committed results into README.md, between two markers. `--check` fails when stale."""
 
 from __future__ import annotations
 
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import tables
 from .common import ROOT, program, read_json, say
+from .tables import Table
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-KINDS = ("gemm", "models")
-HEADS = {"gemm": "Scaled INT8 products", "models": "Whole models"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the README: the results of one kind, measured on one of `devices`, and what makes their tables and notes.
+
+    A table without rows is left out.
+    """
+
+    head: str
+    kind: str
+    devices: tuple[str, ...]
+    tables: tuple[Callable[[dict[str, Any]], Table], ...]
+    notes: Callable[[dict[str, Any]], list[str]]
+
+    def shows(self, result: dict[str, Any]) -> bool:
+        """Whether a result belongs here."""
+        return result["kind"] == self.kind and result["environment"]["device"]["type"] in self.devices
+
+
+def _left_out(result: dict[str, Any]) -> list[str]:
+    return tables.left_out(result, "label")
+
+
+SECTIONS = (
+    Section("Scaled INT8 products", "gemm", ("cuda",), (lambda result: tables.gemm(result, brief=True), tables.means), tables.notes),
+    Section("Whole models", "models", ("cuda",), (tables.models,), _left_out),
+    Section("Scaled INT8 products on a CPU", "gemm", ("cpu",), (tables.means,), tables.notes),
+    Section("Whole models on a CPU", "models", ("cpu",), (tables.models,), _left_out),
+    Section("Accuracy", "accuracy", ("cuda", "cpu"), (tables.accuracy,), tables.accuracy_notes),
+)
 
 
 class ReportError(RuntimeError):
@@ -29,20 +61,17 @@ def committed_results(root: Path) -> list[Path]:
     return [root / name for name in sorted(names) if name.endswith(".json") and name.removesuffix(".json") + ".png" in names]
 
 
-def newest(paths: list[Path]) -> dict[str, list[Path]]:
-    """The newest GPU results of each kind, oldest first: the last by the date inside it, and what other commands gave for the same commit."""
-    dated: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {kind: [] for kind in KINDS}
-    for path in paths:
-        result = read_json(path)
-        if result["environment"]["device"]["type"] == "cuda":
-            dated[result["kind"]].append((result["environment"]["date"], path, result["environment"]))
-    chosen: dict[str, list[Path]] = {}
-    for kind, results in dated.items():
+def newest(paths: list[Path]) -> dict[Section, list[Path]]:
+    """The newest results of each section, oldest first: the last by the date inside it, and what other commands gave for the same commit."""
+    found = [(read_json(path), path) for path in paths]
+    chosen: dict[Section, list[Path]] = {}
+    for section in SECTIONS:
+        results = [(result["environment"]["date"], path, result["environment"]) for result, path in found if section.shows(result)]
         results.sort(key=lambda each: each[:2])
         commit = results[-1][2]["commit"] if results else None
         last = {record["command"]: path for _, path, record in results if record["commit"] == commit}
         if results:
-            chosen[kind] = list(last.values()) if commit else [results[-1][1]]
+            chosen[section] = list(last.values()) if commit else [results[-1][1]]
     return chosen
 
 
@@ -51,29 +80,26 @@ def source(result: dict[str, Any], name: str) -> str:
     record = result["environment"]
     versions = ", ".join(f"{each} {record[each]}" for each in ("torch", "triton", "torchao") if record[each])
     commit = f"commit {record['commit'][:12]}{' with local changes' if record['dirty'] else ''}" if record["commit"] else "commit not recorded"
-    driver = f", driver {record['device']['driver']}" if record["device"]["driver"] else ""
+    driver = f", driver {record['device']['driver']}" if record["device"].get("driver") else ""
     where = f"{record['device']['name']}{driver}, {versions}, {record['date'][:10]}, {commit}"
     return f"{where}: `{record['command']}`, [{name}](benchmarks/results/{name})."
 
 
-def section(path: Path) -> str:
+def one(section: Section, path: Path) -> str:
     """The markdown of one result: chart, table, notes, and where they come from."""
     result = read_json(path)
-    if result["kind"] == "gemm":
-        table, notes = tables.gemm(result, brief=True), tables.notes(result)
-    else:
-        table, notes = tables.models(result), tables.left_out(result, "label")
-    chart = f"![{HEADS[result['kind']]}](benchmarks/results/{path.with_suffix('.png').name})"
-    listed = "\n".join(f"- {note}" for note in notes)
-    return f"{source(result, path.name)}\n\n{chart}\n\n{tables.markdown(*table)}\n\n{listed}"
+    chart = f"![{section.head}](benchmarks/results/{path.with_suffix('.png').name})"
+    listed = "\n".join(f"- {note}" for note in section.notes(result))
+    shown = [table for make in section.tables if (table := make(result))[1]]
+    return "\n\n".join([source(result, path.name), chart, *(tables.markdown(*table) for table in shown), listed])
 
 
 def block(root: Path) -> str:
-    """All that stands between the markers; ReportError when no GPU result is committed."""
+    """All that stands between the markers; ReportError when no result that a section shows is committed."""
     chosen = newest(committed_results(root))
     if not chosen:
-        raise ReportError("benchmarks/results must hold a committed GPU result with its PNG, got none")
-    return "\n\n".join(f"### {HEADS[kind]}\n\n" + "\n\n".join(map(section, paths)) for kind, paths in chosen.items())
+        raise ReportError("benchmarks/results must hold a committed result with its PNG, got none")
+    return "\n\n".join(f"### {section.head}\n\n" + "\n\n".join(one(section, path) for path in paths) for section, paths in chosen.items())
 
 
 def with_block(readme: str, text: str) -> str:

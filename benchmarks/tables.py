@@ -104,14 +104,19 @@ def gemm_means(result: dict[str, Any]) -> list[tuple[str, str, float, float, int
     return found
 
 
-def notes(result: dict[str, Any]) -> list[str]:
-    """What a GEMM table does not show: geometric means, who was left out and why, how times were taken."""
+def means(result: dict[str, Any]) -> Table:
+    """Our speed as a multiple of each rival's over a range of M: geometric mean, smallest, and of how many cases."""
+    found = gemm_means(result)
+    rivals = [rival for rival in RIVALS if any(each[1] == rival for each in found)]
+    cells = {(name, rival): f"{mean:.2f}x, least {least:.2f}x of {count}" for name, rival, mean, least, count in found}
     names = {"stock": f"best {result['float']}"}
-    lines = [
-        f"{name}: {mean:.2f}x {names.get(rival, rival)}, geometric mean of {count}, smallest {least:.2f}x"
-        for name, rival, mean, least, count in gemm_means(result)
-    ]
-    return lines + left_out(result, "peer")
+    header = ["geometric mean", *(f"vs {names.get(rival, rival)}" for rival in rivals)]
+    return header, [[name, *(cells.get((name, rival), "-") for rival in rivals)] for name in dict.fromkeys(each[0] for each in found)]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What a GEMM table does not show: who was left out and why, how times were taken."""
+    return left_out(result, "peer")
 
 
 def left_out(result: dict[str, Any], name: str) -> list[str]:
@@ -130,9 +135,35 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _beside(row: dict[str, Any], stock: list[dict[str, Any]], name: str) -> str:
+    """A value, and for others than stock rows how many times the least that a stock row has it is."""
+    least = min((each[name] for each in stock if each[name] is not None), default=None)
+    if row[name] is None or least is None or row["group"] == BASELINE:
+        return _number(row[name], 1)
+    return f"{row[name]:.1f} ({times(row[name] / least)})"
+
+
+def _compiled(row: dict[str, Any], stock: list[dict[str, Any]]) -> str:
+    if row["compile_s"] is None or not row["cold"]:
+        return _number(row["compile_s"], 1) + ("" if row["compile_s"] is None else " warm")
+    return _beside(row, [each for each in stock if each["cold"] and each["mode"] == "default"], "compile_s")
+
+
+def _second(row: dict[str, Any]) -> str:
+    """Seconds of a second process, and how often it tuned a product or another kernel."""
+    if "second" not in row:
+        return "-"
+    tuned = row["second"]["tuned"]
+    return f"{row['second']['compile_s']:.1f}, {tuned['products'] + tuned['others']} tuned"
+
+
 def models(result: dict[str, Any]) -> Table:
-    """One line for each workload and variant; the ratio is to the workload's fastest stock variant."""
-    measures = ["compile s", "peak MB", "weights MB", "SQNR dB", "kernels", "linears"]
+    """One line for each workload and variant; the ratio is to the workload's fastest stock variant.
+
+    In brackets: seconds of a cold compilation as a multiple of stock-default's cold ones, memory as one of the least that a stock variant takes.
+    """
+    again = any("second" in row for row in result["rows"])
+    measures = ["compile s", *["2nd process s"] * again, "peak MB", "weights MB", "SQNR dB", "kernels", "linears"]
     header = ["workload, variant", "ms", "p20..p80", f"vs best {result['float']}", *measures]
     rows = []
     for row in sorted(result["rows"], key=lambda each: (each["workload_index"], each["variant_index"])):
@@ -140,12 +171,43 @@ def models(result: dict[str, Any]) -> Table:
         if row["status"] != OK:
             rows.append([first, row["status"] if row["status"] == UNAVAILABLE else "FAILED", *["-"] * (len(header) - 2)])
             continue
-        base = best([each for each in result["rows"] if each["workload"] == row["workload"] and each["group"] == BASELINE])
-        compiled = _number(row["compile_s"], 1) + ("" if row["cold"] or row["compile_s"] is None else " warm")
+        stock = [each for each in result["rows"] if each["workload"] == row["workload"] and each["group"] == BASELINE and each["status"] == OK]
+        base = best(stock)
         linears = "-" if row["linears"] is None else f"{row['linears']['rewritten']}/{row['linears']['present']}"
         rows.append([
-            first, f"{row['ms']:.3f}", f"{row['ms_p20']:.3f}..{row['ms_p80']:.3f}", times(base["ms"] / row["ms"] if base else None), compiled,
-            _number(row["peak_mb"], 1), _number(row["weights_mb"], 1), _number(row["sqnr_db"], 1),
-            "-" if row["kernels"] is None else str(row["kernels"]), linears,
+            first, f"{row['ms']:.3f}", f"{row['ms_p20']:.3f}..{row['ms_p80']:.3f}", times(base["ms"] / row["ms"] if base else None),
+            _compiled(row, stock), *[_second(row)] * again, _beside(row, stock, "peak_mb"), _beside(row, stock, "weights_mb"),
+            _number(row["sqnr_db"], 1), "-" if row["kernels"] is None else str(row["kernels"]), linears,
         ])  # fmt: skip
     return header, rows
+
+
+def accuracy(result: dict[str, Any]) -> Table:
+    """One line for each subject and scheme: perplexity and what it costs, noise of the output, and the noisiest and the median layer."""
+    header = ["subject, scheme", "perplexity", "vs float32", "output SQNR dB", "median layer dB", "worst layer dB", "worst layer", "weights MB"]
+    rows = []
+    for row in sorted(result["rows"], key=lambda each: (each["subject_index"], each["scheme_index"])):
+        first = f"{row['subject']}, {row['scheme']}"
+        if row["status"] != OK:
+            rows.append([first, row["status"] if row["status"] == UNAVAILABLE else "FAILED", *["-"] * (len(header) - 2)])
+            continue
+        layers = sorted((value, name) for name, value in row["layers"].items() if value is not None)
+        worst, name = layers[0] if layers else (None, "-")
+        rows.append([
+            first, f"{row['perplexity']:.4f}", f"{row['perplexity'] / row['perplexity_float32'] - 1:+.2%}", _number(row["sqnr_db"], 1),
+            _number(layers[len(layers) // 2][0] if layers else None, 1), _number(worst, 1), name, _number(row["weights_mb"], 1),
+        ])  # fmt: skip
+    return header, rows
+
+
+def accuracy_notes(result: dict[str, Any]) -> list[str]:
+    """What perplexity stands for, who could not run, and what the budget left out."""
+    lines = [
+        "MiniLM's perplexity: exp of the loss that it was trained on, which of all second halves of paragraphs goes with a first half",
+        "random models' perplexity: exp of the cross-entropy to the float32 model's own next-token distribution; "
+        "a few channels of their activations are planted 30 times larger",
+        "a layer's SQNR: its output on its input in the float model, against the float layer's; the output's: against float32, all layers together",
+    ]
+    absent = {row["reason"]: row["subject"] for row in result["rows"] if row["status"] == UNAVAILABLE}
+    lines += [f"left out: {subject}: {reason}" for reason, subject in absent.items()]
+    return lines + ([f"not reached: {', '.join(result['left_out'])}"] if result["left_out"] else [])

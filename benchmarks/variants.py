@@ -33,6 +33,34 @@ def _ours_static(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
     return model
 
 
+def _ours_smooth(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
+    calibration = batches()
+    int8_inductor.smooth_quant(model, calibration, 0.85, progress=False)
+    int8_inductor.quantize_(model, int8_inductor.Int8StaticActivationInt8WeightConfig(act_mapping_type=int8_inductor.MappingType.ASYMMETRIC))
+    calibrate(model, calibration, progress=False)
+    return model
+
+
+def _pt2e_static(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
+    """Stock Inductor's INT8 path for x86, as torchao documents it: u8 activations with one static scale, s8 weights with one a channel.
+
+    Not its dynamic one: with that Inductor calls a reference kernel, a second for MiniLM with batch 1.
+    """
+    from torchao.quantization import pt2e
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    calibration = batches()
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(model, calibration[0]).module(), quantizer)
+    for batch in calibration:
+        prepared(*batch)
+    converted: nn.Module = convert_pt2e(prepared)
+    pt2e.move_exported_model_to_eval(converted)
+    return converted
+
+
 def _torchao_dynamic(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -48,14 +76,18 @@ def _torchao_lacks() -> str | None:
     return None if importlib.util.find_spec("torchao") is not None else "torchao is not installed"
 
 
+def _pt2e_lacks() -> str | None:
+    return "the quantizer is for x86 CPUs" if torch.cuda.is_available() else _torchao_lacks()
+
+
 @dataclass(frozen=True)
 class Variant:
     """A way to run a model.
 
-    name: as it stands in options and tables. group: stock (whose fastest is the bar), ours or torchao.
+    name: as it stands in options and tables. group: stock (whose fastest is the bar), ours, pt2e or torchao.
     rank: lower ranks run first, on every workload.
     prepare: changes a copy of the float model; it may draw calibration batches. mode: of torch.compile; None runs eager. backend: of torch.compile.
-    lacks: why it cannot run here, or None.
+    lacks: why it cannot run here, or None. freezing: of Inductor, which folds weights into constants of the compiled code.
     """
 
     name: str
@@ -65,6 +97,7 @@ class Variant:
     mode: str | None
     backend: str = "inductor"
     lacks: Callable[[], str | None] = _nothing_lacks
+    freezing: bool = False
 
     @property
     def family(self) -> str:
@@ -95,6 +128,8 @@ VARIANTS: tuple[Variant, ...] = (
     _ours("static", 2, _ours_static, DEFAULT),
     _ours("static", 1, _ours_static, TUNED),
     _ours("static", 2, _ours_static, GRAPHS),
+    _ours("smooth-static", 3, _ours_smooth, DEFAULT),
+    Variant("pt2e-static", "pt2e", 1, _pt2e_static, DEFAULT, lacks=_pt2e_lacks, freezing=True),
     Variant("torchao-dynamic-default", "torchao", 1, _torchao_dynamic, DEFAULT, lacks=_torchao_lacks),
     Variant("torchao-dynamic-max-autotune", "torchao", 3, _torchao_dynamic, TUNED, lacks=_torchao_lacks),
 )

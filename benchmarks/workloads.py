@@ -1,4 +1,5 @@
-"""The model benchmark's workloads: one object each, with what builds the model and its inputs. Weights are random: nothing is downloaded."""
+"""The model benchmark's workloads: one object each, with what builds the model and its inputs. Nothing is downloaded: weights are random,
+or those that `make demo` installs as a package."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import minilm
+
 SEED = 0
 
 
@@ -19,6 +22,7 @@ class Workload:
 
     name: as it stands in tables. model: the name that --models takes; workloads of one model share its weights.
     library: the package that the model comes from. build: () -> float32 model on the default device. draw: (device, dtype) -> a fresh random input.
+    needs: why the model's files are not here, or None. default_on: the device type where it runs without being asked for.
     """
 
     name: str
@@ -26,6 +30,8 @@ class Workload:
     library: str
     build: Callable[[], nn.Module]
     draw: Callable[[torch.device, torch.dtype], Tensor]
+    needs: Callable[[], str | None] = lambda: None
+    default_on: str = "cuda"
 
     def lacks(self) -> str | None:
         """Why the model cannot be built here, or None. timm imports torchvision, which may be missing where timm is there."""
@@ -33,14 +39,14 @@ class Workload:
             importlib.import_module(self.library)
         except ImportError as error:
             return f"{self.library} cannot be imported: {error}"
-        return None
+        return self.needs()
 
     def make(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The model in eval mode; the same weights every time."""
         torch.manual_seed(SEED)
         with torch.device(device):
             model = self.build()
-        return model.to(dtype).eval().requires_grad_(False)
+        return model.to(device, dtype).eval().requires_grad_(False)
 
 
 class HiddenStates(nn.Module):
@@ -84,6 +90,12 @@ def _images(batch: int, size: int) -> Callable[[torch.device, torch.dtype], Tens
     return lambda device, dtype: torch.randn(batch, 3, size, size, device=device, dtype=dtype)
 
 
+
+def _minilm(batch: int) -> Workload:
+    draw = minilm.text_tokens(batch, 128)
+    return Workload(f"MiniLM, {batch} x 128", "minilm", "transformers", minilm.OfTokens, draw, minilm.lacks, default_on="cpu")
+
+
 _LLAMA_8B = _llama(hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8)
 _LLAMA_TINY = _llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
 _VIT_TINY = _vit(img_size=32, embed_dim=64, depth=1, num_heads=2, num_classes=16)
@@ -93,6 +105,8 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload("Llama x4 layers, 1 x 2048", "llama", "transformers", _LLAMA_8B, _tokens(1, 2048)),
     Workload("Llama x4 layers, 1 x 128", "llama", "transformers", _LLAMA_8B, _tokens(1, 128)),
     Workload("Llama x4 layers, 32 x 1", "llama", "transformers", _LLAMA_8B, _tokens(32, 1)),
+    _minilm(1),
+    _minilm(32),
 )
 TINY: tuple[Workload, ...] = (
     Workload("tiny ViT, batch 2", "vit", "timm", _VIT_TINY, _images(2, 32)),

@@ -16,6 +16,7 @@ from .kernels import KernelPreference, KernelPreferenceError  # noqa: E402
 from .linear import Int8Linear  # noqa: E402
 from .observers import MinMaxObserver, MSEObserver, Observer, PercentileObserver  # noqa: E402
 from .quantize import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, quantize_  # noqa: E402
+from .smooth_quant import smooth_quant  # noqa: E402
 
 __all__ = [
     "Int8DynamicActivationInt8WeightConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "explain",
     "ops",
     "quantize_",
+    "smooth_quant",
 ]
 __version__ = "0.1.0"
 

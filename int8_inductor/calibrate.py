@@ -43,14 +43,14 @@ def calibrate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}")
+    check_batches(batches)
     if not isinstance(observer, Observer):
         raise TypeError(f"observer must be an Observer such as MinMaxObserver(), got {observer!r}")
     layers = _static_layers(model)
     seen = {name: observer.start() for name in layers}
     with _observing(layers, seen), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        _run(model, batches, progress)
+        for _ in run_batches(model, batches, "calibrate", progress):
+            pass
     for name in layers:
         if seen[name].count == 0:
             raise ValueError(f"batches must reach every static Int8Linear, got none that reaches {name!r}")
@@ -101,24 +101,33 @@ class _Hook:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")
-        if not isinstance(x, Tensor) or x.numel() == 0:
-            return  # forward, next, says what is wrong with no tensor; an empty one (an expert without tokens) is in order
-        low, high = torch.stack(torch.aminmax(x.detach())).tolist()
+        assert isinstance(layer, Int8Linear)
+        if not isinstance(x, Tensor) or x.numel() == 0 or x.shape[-1] != layer.in_features:
+            return  # forward, next, says what is wrong with no tensor or its shape; an empty one (an expert without tokens) is in order
+        x = layer.pre_scaled(x.detach())
+        low, high = torch.stack(torch.aminmax(x)).tolist()
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"batches must give finite activations, got NaN or infinity in the input of {self.name!r}")
-        self.seen.update(x.detach(), low, high)
+        self.seen.update(x, low, high)
 
 
-def _run(model: nn.Module, batches: Iterable[Any], progress: bool) -> None:
+def check_batches(batches: Any) -> None:
+    """TypeError for what cannot be an iterable of batches."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}")
+
+
+def run_batches(model: nn.Module, batches: Iterable[Any], what: str, progress: bool) -> Iterator[Any]:
+    """Call `model` on each batch (a tensor, positional arguments or keyword arguments) and yield what it gives; ValueError when there is none."""
     count = 0
-    with tqdm(batches, desc="calibrate", unit="batch", disable=not progress) as bar:
+    with tqdm(batches, desc=what, unit="batch", disable=not progress) as bar:
         for count, batch in enumerate(bar, 1):
             if isinstance(batch, Tensor):
-                model(batch)
+                yield model(batch)
             elif isinstance(batch, (tuple, list)):
-                model(*batch)
+                yield model(*batch)
             elif isinstance(batch, Mapping):
-                model(**batch)
+                yield model(**batch)
             else:
                 raise TypeError(f"batch {count - 1} must be a tensor, a tuple or list, or a mapping, got {type(batch).__name__}")
     if count == 0:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .granularity import Granularity, MappingType, PerRow, PerTensor, check_mapping_type, check_scale, normalize_granularity
-from .quantized_linear import QuantizedLinear, check_features, check_weight_scale, checked_weight
+from .quantized_linear import QuantizedLinear, check_features, check_weight_scale, divided_weight
 
 __all__ = ["Int8Linear"]
 
@@ -19,8 +19,9 @@ class Int8Linear(QuantizedLinear):
     """y = dequantize(quantize(x)) @ dequantize(weight).T + bias, in float32, cast to x's dtype. A drop-in for nn.Linear.
 
     Buffers (the names of compressed-tensors checkpoints): `weight` int8 [N, K]; `weight_scale` float32 [N, 1] (PerRow) or [1] (PerTensor);
-    `bias` [N] or None; with `static=True` also `input_scale` float32 [1] and, when asymmetric, `input_zero_point` int8 [1].
-    Scales stay float32 under `.to(dtype)`, `.half()` and `.bfloat16()`.
+    `bias` [N] or None; with `static=True` also `input_scale` float32 [1] and, when asymmetric, `input_zero_point` int8 [1]; `act_pre_scale`
+    float32 [K] or None: x is multiplied by it, channel by channel, before it is quantized, and the weight was divided by it (torchao's name;
+    `smooth_quant` chooses it). Scales stay float32 under `.to(dtype)`, `.half()` and `.bfloat16()`.
 
     Args:
         in_features, out_features: K and N; K at most `reference.MAX_K` (MAX_K_ZERO_POINT when asymmetric), or int32 could overflow.
@@ -28,6 +29,7 @@ class Int8Linear(QuantizedLinear):
         granularity: (activation, weight), or one for both. A static activation is PerTensor.
         act_mapping_type: symmetric or asymmetric activations; weights are always symmetric.
         static: take the activation's scale from `input_scale`, calibrated ahead, instead of choosing it from each input.
+        act_pre_scale: whether there is one. A state dict that is loaded decides it anew, as the pre-scale belongs to the weight.
         device, dtype: of the buffers; `dtype` is the bias's.
     """
 
@@ -47,6 +49,7 @@ class Int8Linear(QuantizedLinear):
         granularity: Granularity | tuple[Granularity, Granularity] = PerRow(),  # noqa: B008 - frozen, and torchao's default
         act_mapping_type: MappingType = MappingType.SYMMETRIC,
         static: bool = False,
+        act_pre_scale: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,6 +72,7 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("input_scale", torch.ones(1, dtype=torch.float32, device=device) if static else None)
         asymmetric = static and act_mapping_type is MappingType.ASYMMETRIC
         self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int8, device=device) if asymmetric else None)
+        self.act_pre_scale = torch.ones(in_features, dtype=torch.float32, device=device) if act_pre_scale else None
 
     @classmethod
     def from_linear(
@@ -78,14 +82,20 @@ class Int8Linear(QuantizedLinear):
         granularity: Granularity | tuple[Granularity, Granularity] = PerRow(),  # noqa: B008
         act_mapping_type: MappingType = MappingType.SYMMETRIC,
         static: bool = False,
+        act_pre_scale: Tensor | None = None,
     ) -> Int8Linear:
-        """Quantize `linear`'s weight to int8, symmetric; the bias is copied as it is. ValueError for a weight that is not finite."""
-        weight = checked_weight(linear)
+        """Quantize `linear`'s weight to int8, symmetric; the bias is copied as it is. ValueError for a weight that is not finite.
+
+        act_pre_scale: float [K], finite and positive: multiply x by it, and divide the weight by it before that is quantized. By default that which
+        `smooth_quant` has left on `linear`, if it has.
+        """
+        weight, pre_scale = divided_weight(linear, act_pre_scale)
         has_bias = linear.bias is not None
         self = cls(
             linear.in_features, linear.out_features, has_bias, granularity=granularity, act_mapping_type=act_mapping_type,
-            static=static, device="meta", dtype=linear.bias.dtype if has_bias else None,
+            static=static, act_pre_scale=pre_scale is not None, device="meta", dtype=linear.bias.dtype if has_bias else None,
         )  # fmt: skip
+        self.act_pre_scale = pre_scale
         scale, _, quant_min = MappingType.SYMMETRIC.choose(weight, self.weight_granularity)
         check_weight_scale(scale)
         self.weight = reference.quantize(weight, scale, None, quant_min)
@@ -101,7 +111,7 @@ class Int8Linear(QuantizedLinear):
         """The part of this layer that one rank of a tensor-parallel group holds, with buffers of its own.
 
         dim 0 cuts the outputs [start, stop) (column parallel): weight, per-row scale and bias. dim 1 cuts the inputs (row parallel): the weight's
-        columns; the scale is whole, and the bias stays with the part that starts at 0, as the parts' results are summed.
+        columns and the pre-scale; the scale is whole, and the bias stays with the part that starts at 0, as the parts' results are summed.
         """
         if dim not in (0, 1):
             raise ValueError(f"dim must be 0 (outputs) or 1 (inputs), got {dim}")
@@ -112,7 +122,7 @@ class Int8Linear(QuantizedLinear):
         features = (self.in_features, stop - start) if dim == 0 else (stop - start, self.out_features)
         part = Int8Linear(
             *features, keeps_bias, granularity=(self.act_granularity, self.weight_granularity),
-            act_mapping_type=self.act_mapping_type, static=self.static, device="meta",
+            act_mapping_type=self.act_mapping_type, static=self.static, act_pre_scale=self.act_pre_scale is not None, device="meta",
         )  # fmt: skip
         part.weight = self.weight.narrow(dim, start, stop - start).clone()
         cuts_scale = dim == 0 and self.weight_scale.numel() > 1
@@ -122,6 +132,8 @@ class Int8Linear(QuantizedLinear):
         for name in ("input_scale", "input_zero_point"):
             buffer = getattr(self, name)
             setattr(part, name, None if buffer is None else buffer.clone())
+        if self.act_pre_scale is not None:
+            part.act_pre_scale = (self.act_pre_scale if dim == 0 else self.act_pre_scale[start:stop]).clone()
         part.calibrated = self.calibrated
         return part.train(self.training)
 
@@ -185,6 +197,7 @@ class Int8Linear(QuantizedLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"activation={kind} {self.act_granularity!r} {self.act_mapping_type.value}, weight={self.weight_granularity!r}"
+            + (", act_pre_scale=True" if self.act_pre_scale is not None else "")
         )
 
 

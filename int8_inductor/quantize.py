@@ -82,7 +82,8 @@ _HOOKS = (
 )
 
 
-def _is_linear(module: nn.Module, name: str) -> bool:
+def is_linear(module: nn.Module, name: str) -> bool:
+    """What is quantized where nobody says otherwise."""
     # nn.MultiheadAttention hands its out_proj's weight to a functional of its own, past the module's forward.
     return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
@@ -110,7 +111,7 @@ def quantize_(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, Int8Config):
         raise TypeError(f"config must be one of int8_inductor's configs, got {type(config).__name__}")
-    chosen = _choose(model, filter_fn or _is_linear)
+    chosen = choose_linears(model, filter_fn or is_linear)
     converted = {id(linear): _convert(name, linear, config, device) for name, linear in chosen.items()}
     for parent in list(model.modules()):
         # _modules, not named_children(): that one names a module shared by two attributes once.
@@ -122,7 +123,7 @@ def quantize_(
         model.to(device)
 
 
-def _choose(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> dict[str, nn.Linear]:
+def choose_linears(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> dict[str, nn.Linear]:
     """The layers to quantize, checked, by name; one that several attributes share comes once, by its first name."""
     chosen: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
@@ -153,6 +154,8 @@ def _convert(name: str, linear: nn.Linear, config: Int8Config, device: torch.dev
         source.weight = nn.Parameter(linear.weight.detach().to(device), requires_grad=False)
         if linear.bias is not None:
             source.bias = nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+        for name, buffer in linear._buffers.items():
+            source.register_buffer(name, None if buffer is None else buffer.to(device))
     try:
         converted = config.convert(source)
     except (TypeError, ValueError) as error:

@@ -14,12 +14,14 @@ from .granularity import check_scale
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["QuantizedLinear", "check_features", "check_weight_scale", "checked_weight"]
+__all__ = ["QuantizedLinear", "check_features", "check_weight_scale", "checked_weight", "divided_weight"]
 
 
 class QuantizedLinear(nn.Module):
     """A drop-in for nn.Linear with an integer `weight` of N rows, float32 scales, and `bias` [N] or None: all ordinary buffers.
 
+    So is `act_pre_scale`, float32 [K] or None: x is multiplied by it, channel by channel, before anything else is done with it, and the weight was
+    divided by it before it was quantized (torchao's name; `smooth_quant` chooses it). A state dict that has the weight says whether there is one.
     Scales stay float32 under `.to(dtype)`, `.half()` and `.bfloat16()`. A subclass registers the buffers, names them here, and defines
     `dequantized_weight` and `_linear`, in plain aten arithmetic: that is what the layer computes.
     """
@@ -33,13 +35,18 @@ class QuantizedLinear(nn.Module):
     out_features: int
     weight: Tensor
     bias: Tensor | None
+    act_pre_scale: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("act_pre_scale", None)
 
     def dequantized_weight(self) -> Tensor:
-        """float32 [N, K]."""
+        """float32 [N, K]: what the product is taken with, pre-scaled activations on the other side."""
         raise NotImplementedError(f"{type(self).__name__} must define dequantized_weight")
 
     def _linear(self, x: Tensor) -> Tensor:
-        """y [..., N] of an x [..., K] that has been checked; autocast is off."""
+        """y [..., N] of an x [..., K] that has been checked and pre-scaled; autocast is off."""
         raise NotImplementedError(f"{type(self).__name__} must define _linear")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,20 +58,25 @@ class QuantizedLinear(nn.Module):
         if not x.is_meta and torch.is_autocast_enabled(device_type):
             out_dtype = torch.get_autocast_dtype(device_type)
             with torch.autocast(device_type, enabled=False):
-                return self._linear(x).to(out_dtype)
-        return self._linear(x).to(out_dtype)
+                return self._linear(self.pre_scaled(x)).to(out_dtype)
+        return self._linear(self.pre_scaled(x)).to(out_dtype)
+
+    def pre_scaled(self, x: Tensor) -> Tensor:
+        """x [..., K] itself, or x * act_pre_scale in float32."""
+        return x if self.act_pre_scale is None else x.float() * self.act_pre_scale
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """An nn.Linear with the dequantized weight, in `dtype`."""
+        """An nn.Linear with the dequantized weight, times the pre-scale where there is one, in `dtype`."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
-        linear.weight = nn.Parameter(self.dequantized_weight().to(dtype))
+        weight = self.dequantized_weight()
+        linear.weight = nn.Parameter((weight if self.act_pre_scale is None else weight * self.act_pre_scale).to(dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # Module.to(dtype) casts every floating-point buffer. Scales pass through it as int32 bits: they move, and keep their precision.
-        scales = {name: scale for name in self.SCALES if (scale := getattr(self, name)) is not None}
+        scales = {name: scale for name in self._scale_names() if (scale := getattr(self, name)) is not None}
         moved = {name: fn(scale.view(torch.int32)) for name, scale in scales.items()}
         for name, bits in moved.items():
             if bits.dtype != torch.int32:
@@ -85,10 +97,17 @@ class QuantizedLinear(nn.Module):
         for name, dtype in self.INTEGERS.items():
             if (ints := state_dict.get(prefix + name)) is not None and ints.dtype != dtype:
                 raise TypeError(f"{prefix}{name} must be {dtype}, got {ints.dtype}")
-        for name in self.SCALES:
+        for name in self._scale_names():
             if (scale := state_dict.get(prefix + name)) is not None and not self._is_unset(name, scale):
                 check_scale(prefix + name, scale)
+        if prefix + "weight" in state_dict:
+            # The weight in the dict was divided by the pre-scale in it, or by none: whatever this layer had would be wrong.
+            has_one = prefix + "act_pre_scale" in state_dict
+            self.act_pre_scale = torch.ones(self.in_features, dtype=torch.float32, device=self.weight.device) if has_one else None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _scale_names(self) -> tuple[str, ...]:
+        return (*self.SCALES, "act_pre_scale")
 
     def _is_unset(self, name: str, scale: Tensor) -> bool:
         """Whether what a state dict has as scale `name` says that there is none yet."""
@@ -103,6 +122,25 @@ def checked_weight(linear: nn.Linear) -> Tensor:
     if weight.dtype not in reference.OUT_DTYPES:
         raise TypeError(f"linear.weight must be one of {', '.join(map(str, reference.OUT_DTYPES))}, got {weight.dtype}")
     return weight
+
+
+def divided_weight(linear: nn.Linear, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The weight of `linear`, divided by its pre-scale where there is one, and that: `act_pre_scale`, or what `smooth_quant` has left on it.
+
+    TypeError or ValueError for a weight that cannot be quantized, and for a pre-scale that is not float [K], finite and positive.
+    """
+    weight = checked_weight(linear)
+    given = linear._buffers.get("act_pre_scale") if act_pre_scale is None else act_pre_scale
+    if given is None:
+        return weight, None
+    if not isinstance(given, Tensor) or given.dtype not in reference.OUT_DTYPES:
+        got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"act_pre_scale must be a tensor of one of {', '.join(map(str, reference.OUT_DTYPES))}, got {got}")
+    if list(given.shape) != [linear.in_features]:
+        raise ValueError(f"act_pre_scale must have shape [{linear.in_features}], got {list(given.shape)}")
+    pre_scale = given.detach().to(weight.device, torch.float32, copy=True)
+    check_scale("act_pre_scale", pre_scale)
+    return weight.float() / pre_scale, pre_scale
 
 
 def check_weight_scale(scale: Tensor) -> None:

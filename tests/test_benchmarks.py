@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
-from benchmarks import common, gemm, models
+from benchmarks import common, gemm, minilm, models, second_process
 from benchmarks.cases import TAILS, Case
+from benchmarks.model_rows import compile_cache, counting_tunings
 from benchmarks.operands import FLOAT, INT8, INT8_BF16_SCALES, OUT_SCALE, check, float64_truth
 from benchmarks.peers import PEERS, Peer
 from benchmarks.variants import VARIANTS, Variant
-from benchmarks.workloads import TINY
+from benchmarks.workloads import TINY, WORKLOADS
+from int8_inductor import autotune
 
 CPU = torch.device("cpu")
 GELU = "gelu-int8"
@@ -262,6 +267,87 @@ def test_caches_are_fresh_for_each_variant_unless_modes_share_them(tmp_path: Pat
         directories = {run.cache_directory(str(root), (0, place), variant) for place, variant in enumerate((first, second, other))}
         assert len(directories) == expected
         assert run.cache_directory(str(root), (1, 0), first) not in directories
+
+
+def test_a_second_process_compiles_nothing_and_tunes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    workload = next(each for each in TINY if each.model == "llama")
+    with compile_cache(str(tmp_path)):
+        second = second_process.run_again(workload.name, "ours-dynamic-default", CPU)
+        assert (second["before"]["graphs_compiled"], second["before"]["hits"]) == (1, {"graphs": 0, "autograd": 0})
+        assert (second["graphs_compiled"], second["hits"]) == (0, {"graphs": 1, "autograd": 1})
+        assert second["tuned"] == {"products": 0, "candidates": 0, "others": 0}
+        assert 0 < second["compile_s"] < second["before"]["compile_s"]
+        assert second["start_s"] > 0
+        with pytest.raises(second_process.SecondProcessError, match=r"second process: .*invalid choice: 'nobody'"):
+            second_process.run_again(workload.name, "nobody", CPU)
+
+
+def test_what_a_second_process_did_is_part_of_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"compile_s": 1.5, "tuned": {"products": 0, "candidates": 0, "others": 0}}
+
+    def run_again(workload: str, variant: str, device: torch.device) -> dict[str, Any]:
+        if "max" in variant:
+            raise second_process.SecondProcessError("second process: out of memory")
+        return record
+
+    monkeypatch.setattr(models, "run_again", run_again)
+    monkeypatch.setattr(models, "measure", lambda setting, variant: {
+        "status": "ok", "reason": None, "ms": 1.0, "ms_p20": 1.0, "ms_p80": 1.0, "ms_again": 1.0, "compile_s": 2.0, "linears": None, "peak_mb": None,
+        "weights_mb": 1.0, "sqnr_db": None, "kernels": None, "method": "by hand", "tuned": {"products": 5, "candidates": 40, "others": 3},
+    })  # fmt: skip
+    names = ("stock-default", "ours-dynamic-default", "ours-dynamic-max-autotune")
+    argv = ["--device", "cpu", "--tiny", "--models", "llama", "--variants", ",".join(names), "--second-process", ",".join(names[1:])]
+    assert models.main([*argv, "--out", str(tmp_path)]) == 1
+    result, _ = only_result(tmp_path)
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert [rows[name].get("second") for name in names] == [None, record, None]
+    assert (rows[names[2]]["status"], rows[names[2]]["reason"]) == ("error", "SecondProcessError: second process: out of memory")
+    with pytest.raises(SystemExit):
+        models.main([*argv[:-1], "stock-eager", "--out", str(tmp_path)])
+
+
+def test_tunings_are_counted() -> None:
+    with counting_tunings() as counts:
+        assert counts == {}
+        with pytest.raises(AttributeError):
+            autotune._median_ms(None, out=None)
+        torch._dynamo.utils.counters["inductor"]["select_algorithm_autotune"] += 2
+    assert counts == {"products": 2, "candidates": 1, "others": 0}
+
+
+def test_stock_inductors_int8_path_is_a_peer() -> None:
+    """The quantizer for x86 and freezing end in oneDNN's fused linear on u8, two for two layers."""
+    pytest.importorskip("torchao")
+    variant = next(each for each in VARIANTS if each.name == "pt2e-static")
+    assert variant.lacks() is None
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)).eval(), torch.randn(16, 32)
+    with torch.no_grad(), inductor_config.patch(freezing=variant.freezing, cpu_backend="cpp"):
+        converted = variant.prepare(copy.deepcopy(model), lambda: [(x,), (torch.randn(16, 32),)])
+        output, (code,) = run_and_get_code(variant.compiled(converted), x)
+        noise = (output - model(x)).square().sum() / model(x).square().sum()
+    assert code.count("torch.ops.onednn.qlinear_pointwise.") == 2
+    assert 1e-7 < noise < 1e-3
+
+
+def test_models_that_run_without_being_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {each.model for each in WORKLOADS if each.default_on == "cuda"} == {"vit", "llama"}
+    chosen: list[str] = []
+    monkeypatch.setattr(models, "plan_of", lambda workloads, variants: chosen.extend(each.name for each in workloads) or [])
+    assert models.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert chosen == ["MiniLM, 1 x 128", "MiniLM, 32 x 128"]
+
+
+def test_minilm_embeds_texts_of_any_length_alike() -> None:
+    if (reason := minilm.lacks()) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    ids = minilm.text_tokens(3, 32)(CPU, torch.float32)
+    assert (ids.shape, ids.dtype, int(ids[0, 0])) == ((3, 32), torch.int64, 101)
+    model = minilm.OfTokens(1).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.nn.functional.pad(ids, (0, 16))), model(ids), rtol=0, atol=1e-5)
 
 
 def test_ranks_run_on_every_workload_before_the_next_rank() -> None:

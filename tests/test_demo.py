@@ -1,4 +1,4 @@
-"""The demo `python -m examples.minilm`: its text, its smoothing, what it counts and reports, and a quick run of the whole."""
+"""The demo `python -m examples.minilm`: its text, what it counts and reports, and a quick run of the whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from examples.minilm.chart import draw
 from examples.minilm.encoder import load_encoder, tokenize
 from examples.minilm.measure import prepare, run_rounds
 from examples.minilm.report import Row, correctness, make_rows, table
-from examples.minilm.smooth import SmoothedLinear, smooth_
 from examples.minilm.text import MIN_WORDS, paragraphs, samples
 from examples.minilm.variants import GPU_MODES, Variant, quantized
 from int8_inductor import Int8Linear
@@ -87,42 +86,6 @@ def test_embeddings_are_real_ones():
     assert similarity.fill_diagonal_(-2).argmax(1).tolist() == [1, 0, 3, 2]
     assert similarity[0, 1] > 0.7 > 0.3 > similarity[0, 2:].max()
     torch.testing.assert_close(short, long, rtol=0, atol=1e-5)
-
-
-class TwoOfOneInput(nn.Module):
-    """Two linears that share an input, and one that does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right, self.after = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x * y
-        return self.after(self.left(x) + self.right(x))
-
-
-def test_smoothing_keeps_the_function_and_evens_out_the_channels():
-    model = TwoOfOneInput()
-    x = torch.randn(5, 16, 8) * torch.tensor([1.0, 1, 1, 30, 1, 1, 1, 1])
-    ones = torch.ones(8)
-    with torch.no_grad():
-        before = model(x, ones)
-        smooth_(model, [(x[:3], ones), (x[3:], ones)])
-        after = model(x, ones)
-    assert [type(each) for each in model.children()] == [SmoothedLinear] * 3
-    assert model.left.inverse is model.right.inverse
-    assert model.after.inverse.shape == (6,)
-    # A division and a multiplication by the same number, each with one rounding, and float32 sums of 8 and 6 terms.
-    torch.testing.assert_close(after, before, rtol=0, atol=16 * 2**-24 * before.abs().max().item() * 8)
-    spread = (x * model.left.inverse).abs().amax((0, 1))
-    assert spread.max() / spread.min() < 2.0 < 10 < x.abs().amax((0, 1)).max() / x.abs().amax((0, 1)).min()
-    assert torch.equal(model.left.inverse.bfloat16().float(), model.left.inverse)
-
-
-def test_smoothing_needs_a_batch():
-    with pytest.raises(ValueError, match="batches must reach every"):
-        smooth_(TwoOfOneInput(), [])
 
 
 def test_quantized_encoders_leave_the_float_one_alone():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch._inductor.utils import fresh_cache
 
 import int8_inductor.explain
 from int8_inductor import (
+    Int8DynamicActivationInt8WeightConfig,
     Int8Linear,
     Int8StaticActivationInt8WeightConfig,
     Report,
@@ -115,6 +118,94 @@ def test_a_report_is_a_table_and_plain_data(x: Tensor) -> None:
     assert [Entry(**each) for each in data["entries"]] == report.entries
     assert (data["graphs"], data["graph_breaks"]) == (1, [])
     assert Report().counts() == {kind: dict.fromkeys(("rewritten", "feeds", "float", "left"), 0) for kind in ("linear", "quant", "dequant")}
+
+
+# Signal to noise ------------------------------------------------------------------------------------------------------------------
+
+
+def in_db(got: Tensor, want: Tensor) -> float:
+    return 10 * math.log10(float(want.double().square().sum() / (got.double() - want.double()).square().sum()))
+
+
+class Stack(nn.Module):
+    """Two linears, the first of which runs twice; one that does not run; `broken`: the second runs between graphs."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.idle, self.broken = nn.Linear(16, 16), nn.Linear(16, 8, bias=False), nn.Linear(2, 2), broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(self.first(x).relu())
+        return outside(self.second, y) if self.broken else self.second(y)
+
+
+@torch.compiler.disable
+def outside(module: nn.Module, y: Tensor) -> Tensor:
+    return module(y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_sqnr_of_each_layer_on_an_exact_input(dtype: torch.dtype, x: Tensor) -> None:
+    reference, x = Stack().to(dtype), x.to(dtype)
+    model = copy.deepcopy(reference)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    report = explain(model, x, sqnr=reference)
+    hidden = [x, reference.first(x).relu()]
+    wide = reference.first(hidden[1])
+    wanted = {
+        "first": in_db(torch.cat([model.first(each) for each in hidden]), torch.cat([reference.first(each) for each in hidden])),
+        "second": in_db(model.second(wide), reference.second(wide)),
+    }
+    assert report.sqnr == pytest.approx(wanted)
+    assert all(25 < value < 60 for value in report.sqnr.values())
+    assert report.to_dict()["sqnr"] == report.sqnr
+
+    alone = explain(model, x, sqnr=True)
+    hidden = [x, model.first(x).relu()]
+    wide, exact = model.first(hidden[1]), model.first.to_linear()
+    wanted = {
+        "first": in_db(torch.cat([model.first(each) for each in hidden]), torch.cat([exact(each.float()) for each in hidden])),
+        "second": in_db(model.second(wide), model.second.to_linear()(wide.float())),
+    }
+    assert alone.sqnr == pytest.approx(wanted)
+    assert explain(model, x).sqnr == {}
+    header, _, *lines, _ = str(alone).splitlines()
+    assert "kernel  SQNR dB  epilogue" in header
+    linears = [line for line in lines if line.startswith("linear")]
+    assert [f"{alone.sqnr[name]:.1f}" in line for name, line in zip(("first", "first", "second"), linears, strict=True)] == [True] * 3
+    assert not any("in no graph" in line for line in lines)
+    assert all(not module._forward_hooks for each in (model, reference) for module in each.modules())
+
+
+@torch.no_grad()
+def test_sqnr_of_what_runs_between_graphs_and_of_what_is_exact(x: Tensor) -> None:
+    exact = Int8Linear.from_linear(nn.Linear(16, 8))
+    exact.weight.zero_()
+    assert explain(nn.Sequential(exact), x, sqnr=True).sqnr == {"0": math.inf}
+    assert "inf" in str(explain(nn.Sequential(exact), x, sqnr=True))
+    model = Stack(broken=True)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    report = explain(model, x, sqnr=True)
+    assert f"second, in no graph: SQNR {report.sqnr['second']:.1f} dB" in str(report)
+
+
+def test_what_sqnr_takes(x: Tensor) -> None:
+    model = Stack()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    other = nn.ModuleDict({"first": nn.Linear(16, 4)})
+    for given, error, message in (
+        (1, TypeError, "sqnr must be True, False or the float model, a torch.nn.Module, got int"),
+        (nn.ReLU(), ValueError, "sqnr must be a float model with an nn.Linear(16, 16) 'first', got none"),
+        (other, ValueError, "sqnr must be a float model with an nn.Linear(16, 16) 'first', got Linear(16, 4)"),
+        (copy.deepcopy(model), ValueError, "sqnr must be a float model with an nn.Linear(16, 16) 'first', got Int8Linear(16, 16)"),
+    ):
+        with pytest.raises(error) as raised:
+            explain(model, x, sqnr=given)
+        assert str(raised.value) == message
+    with pytest.raises(TypeError, match=r"^sqnr needs a model that is a torch\.nn\.Module, got function$"):
+        explain(lambda x: x, x, sqnr=True)
 
 
 def test_graph_breaks_are_named(x: Tensor) -> None:

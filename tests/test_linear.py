@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_cases import ASYMMETRIC, HALF_ULP, float64, make, randn, schemes
+from linear_cases import ASYMMETRIC, HALF_ULP, float64, from_linear, make, pre_scale, randn, schemes
 from torch import Tensor, nn
 
 from int8_inductor import Int8Linear, MappingType, PerRow, PerTensor, reference
@@ -47,8 +47,10 @@ def test_buffers(scheme: dict[str, Any], bias: bool) -> None:
         expected["input_scale"] = (torch.float32, [1])
     if static and asymmetric:
         expected["input_zero_point"] = (torch.int8, [1])
+    if scheme.get("act_pre_scale"):
+        expected["act_pre_scale"] = (torch.float32, [12])
     linear = nn.Linear(12, 8, bias, dtype=torch.bfloat16)
-    for layer in (Int8Linear.from_linear(linear, **scheme), Int8Linear(12, 8, bias, dtype=torch.bfloat16, **scheme)):
+    for layer in (from_linear(linear, **scheme), Int8Linear(12, 8, bias, dtype=torch.bfloat16, **scheme)):
         assert {name: (t.dtype, list(t.shape)) for name, t in layer.named_buffers()} == expected
         assert {name: type(t) for name, t in layer.state_dict().items()} == dict.fromkeys(expected, torch.Tensor)
         assert list(layer.parameters()) == []
@@ -140,6 +142,49 @@ def test_the_result_does_not_depend_on_the_grad_mode(scheme: dict[str, Any]) -> 
     assert torch.equal(layer(x.clone().requires_grad_()), expected)
 
 
+def test_a_pre_scale_divides_the_weight_before_it_is_quantized_and_multiplies_the_input() -> None:
+    linear, x = nn.Linear(12, 8, dtype=torch.bfloat16), randn(3, 12).bfloat16()
+    chosen = pre_scale(12)
+    layer = Int8Linear.from_linear(linear, act_pre_scale=chosen)
+    divided = nn.Linear(12, 8)
+    divided.weight, divided.bias = nn.Parameter(linear.weight.detach().float() / chosen), linear.bias
+    plain = Int8Linear.from_linear(divided)
+    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(layer.weight_scale, plain.weight_scale)
+    assert torch.equal(layer(x), plain(x.float() * chosen).bfloat16())
+    assert torch.equal(layer.to_linear().weight, plain.to_linear().weight * chosen)
+    assert layer.act_pre_scale.data_ptr() != chosen.data_ptr()
+    again = Int8Linear.from_linear(layer.to_linear(), act_pre_scale=chosen)
+    assert (again.weight.short() - layer.weight.short()).abs().max() <= 1
+    assert repr(layer).endswith("weight=PerRow(), act_pre_scale=True)")
+
+
+def test_the_pre_scale_that_smooth_quant_leaves_is_taken_up() -> None:
+    linear = nn.Linear(12, 8)
+    linear.register_buffer("act_pre_scale", pre_scale(12))
+    wanted = Int8Linear.from_linear(nn.Linear(12, 8), act_pre_scale=pre_scale(12)).state_dict().keys()
+    for layer in (Int8Linear.from_linear(linear), Int8Linear.from_linear(linear.to("meta"))):
+        assert layer.state_dict().keys() == wanted
+    linear.act_pre_scale = torch.zeros(12)
+    with pytest.raises(ValueError, match=r"^act_pre_scale must be finite and positive, got 0\.0 in 12 of 12 places$"):
+        Int8Linear.from_linear(linear.to_empty(device="cpu"), act_pre_scale=torch.zeros(12))
+
+
+@pytest.mark.parametrize(("chosen", "error", "message"), [
+    ([1.0] * 12, TypeError, "act_pre_scale must be a tensor of one of torch.float32, torch.bfloat16, torch.float16, got list"),
+    (torch.ones(12, dtype=torch.int32), TypeError,
+     "act_pre_scale must be a tensor of one of torch.float32, torch.bfloat16, torch.float16, got torch.int32"),
+    (torch.ones(8), ValueError, "act_pre_scale must have shape [12], got [8]"),
+    (torch.ones(1, 12), ValueError, "act_pre_scale must have shape [12], got [1, 12]"),
+    (-torch.ones(12), ValueError, "act_pre_scale must be finite and positive, got -1.0 in 12 of 12 places"),
+    (torch.full([12], math.inf), ValueError, "act_pre_scale must be finite and positive, got inf in 12 of 12 places"),
+])  # fmt: skip
+def test_pre_scale_errors(chosen: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        Int8Linear.from_linear(nn.Linear(12, 8), act_pre_scale=chosen)
+    assert str(raised.value) == message
+
+
 def test_zero_rows_give_the_bias_and_rows_that_are_not_finite_give_nan() -> None:
     for mapping in MappingType:
         layer, x = make(act_mapping_type=mapping), randn(5, 12)
@@ -172,9 +217,7 @@ def test_repr_names_the_scheme() -> None:
     assert repr(Int8Linear(12, 8, False, granularity=PerTensor(), act_mapping_type=ASYMMETRIC, static=True)) == (
         "Int8Linear(in_features=12, out_features=8, bias=False, activation=static PerTensor() asymmetric, weight=PerTensor())"
     )
-    assert repr(Int8Linear(1, 2)) == (
-        "Int8Linear(in_features=1, out_features=2, bias=True, activation=dynamic PerRow() symmetric, weight=PerRow())"
-    )
+    assert repr(Int8Linear(1, 2)) == ("Int8Linear(in_features=1, out_features=2, bias=True, activation=dynamic PerRow() symmetric, weight=PerRow())")
 
 
 def test_a_copy_is_its_own() -> None:

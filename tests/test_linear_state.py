@@ -119,9 +119,7 @@ def test_a_cast_of_every_buffer_is_refused_before_anything_changes(dtype: torch.
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(TypeError) as raised:
         layer.type(dtype)
-    assert str(raised.value) == (
-        f"Int8Linear keeps its weight int8 and its scales float32, got a cast of all buffers to {dtype}: use .to(dtype)"
-    )
+    assert str(raised.value) == (f"Int8Linear keeps its weight int8 and its scales float32, got a cast of all buffers to {dtype}: use .to(dtype)")
     after = layer.state_dict()
     assert list(after) == list(before)
     assert all(after[name].dtype == t.dtype and torch.equal(after[name], t) for name, t in before.items())
@@ -196,7 +194,23 @@ def test_half_a_calibration_is_none() -> None:
     assert_refuses(receiver)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_pre_scale_comes_and_goes_with_the_weight(assign: bool, strict: bool) -> None:
+    """A weight that was divided by a pre-scale is wrong without it, and one that was not is wrong with it."""
+    x, smoothed, plain = randn(3, 12), make(act_pre_scale=True), make()
+    for source in (smoothed, plain, smoothed):
+        for receiver in (make(), make(act_pre_scale=True)):
+            assert receiver.load_state_dict(copy.deepcopy(source.state_dict()), strict=strict, assign=assign) == ([], [])
+            assert torch.equal(receiver(x), source(x))
+    receiver = make(act_pre_scale=True)
+    receiver.load_state_dict({"bias": torch.zeros(8)}, strict=False)
+    assert torch.equal(receiver.act_pre_scale, smoothed.act_pre_scale)
+
+
 LOAD_ERRORS = [
+    ("act_pre_scale", torch.ones(12).half(), TypeError, "0.act_pre_scale must be torch.float32, got torch.float16"),
+    ("act_pre_scale", -torch.ones(12), ValueError, "0.act_pre_scale must be finite and positive, got -1.0 in 12 of 12 places"),
     ("weight", torch.zeros(8, 12), TypeError, "0.weight must be torch.int8, got torch.float32"),
     ("input_zero_point", torch.zeros(1, dtype=torch.int32), TypeError, "0.input_zero_point must be torch.int8, got torch.int32"),
     ("weight_scale", torch.ones(8, 1).half(), TypeError, "0.weight_scale must be torch.float32, got torch.float16"),
