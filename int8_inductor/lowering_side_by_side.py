@@ -61,8 +61,8 @@ def _lower_side_by_side(a: Any, b: Any, a_scale: Any, b_scale: Any, bias: Any, *
     compile_all_ahead(a.get_device())
     kernel = _kernel({"a": a, "b": b, "a_scale": a_scale, "b_scale": b_scale, "bias": bias, "activations": activations, "out_dtype": out_dtype})
     result = autotune(kernel)
-    tags = V.graph.current_node.meta.get(TAG, (None,) * len(activations))  # none where the operator was called by its name
-    for tag, activation in zip(tags, activations, strict=True):
+    tags = V.graph.current_node.meta.get(TAG)  # a linear's for each, where a pass has joined linears
+    for tag, activation in zip(tags, activations, strict=True) if isinstance(tags, tuple) else ():
         epilogue = dataclasses.replace(kernel.tail, activations=(), activation=activation).describe()
         record_kernel(V.graph.current_node, "triton", epilogue, tag)
     return result
