@@ -57,8 +57,8 @@ CONFIGS = (
     TiledConfig(64, 128, 64, 4, 4),
     TiledConfig(64, 256, 128, 3, 4),
     TiledConfig(128, 128, 64, 3, 8),
-    # Up to 256 rows, where tiles of 128 do not fill the chip: 128 x 4096 x 14336 takes 30.3 us with the second, 34.7 with the fourth; 64 x 4096 x 14336
-    # 27.8 with the third; 256 x 6144 x 4096 20.5 with the first.
+    # Up to 256 rows, where tiles of 128 do not fill the chip: 128 x 4096 x 14336 takes 30.3 us with the second, 34.7 with the fourth;
+    # 64 x 4096 x 14336 27.8 with the third; 256 x 6144 x 4096 20.5 with the first.
     TiledConfig(64, 64, 128, 4, 4),
     TiledConfig(64, 64, 256, 6, 4),
     TiledConfig(64, 32, 256, 6, 4),
