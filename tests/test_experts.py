@@ -49,7 +49,7 @@ def test_every_activation_in_every_layout(device: str, layout: str, activation: 
     check_float(compute(case, "triton"), case.want())
 
 
-TABLES = {"w8a8": configs.W8A8, "w4a8": configs.W4A8, "w4a16": configs.W4A16}
+TABLES = {"w8a8": configs.W8A8, "w4a8": configs.W4A8, "w4a16": (*configs.W4A16, *configs.W4A16_FLOAT32)}
 
 
 @pytest.mark.parametrize(("layout", "config"), [(layout, config) for layout, table in TABLES.items() for config in table], ids=str)
@@ -229,8 +229,8 @@ def test_tiles_hold_every_pair_once(device: str, tokens: int, slots: int, expert
 
 
 def test_configs_go_by_pairs_an_expert_and_fit_the_device() -> None:
-    for int4, weight_only in ((False, False), (True, False), (True, True)):
-        heights = [configs.choose(int4, weight_only, pairs, 8).block_m for pairs in (1, 8, 64, 500, 5000, 10**6)]
+    for weight, activation in ((torch.int8, torch.int8), (torch.uint8, torch.int8), (torch.uint8, torch.bfloat16)):
+        heights = [configs.choose(weight, activation, pairs, 8).block_m for pairs in (1, 8, 64, 500, 5000, 10**6)]
         assert heights == sorted(heights)
         assert heights[0] == 16
     assert configs.choose_grouped(1, 8)[0] == 16

@@ -94,6 +94,7 @@ def test_a_float_grouped_product_is_named_and_left(device: str) -> None:
 
 
 ZERO_POINT = torch.tensor([3], dtype=torch.int32)
+ALONG_K = torch.rand(K)
 TALL = experts().transpose(1, 2).contiguous()
 WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "float rows": (lambda q: product(rows(A).relu() + q[0, 0], experts()), "its weight is dequantized from int8 and its activation is not"),
@@ -103,7 +104,7 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     ),
     "a scale along K": (lambda q: product(rows(q), experts(scale=torch.rand(1, 1, K))), r"the experts' scale varies along dimensions \[2\] of .*"),
     "a scale an expert": (lambda q: product(rows(q), experts(scale=torch.rand(E, 1, 1))), r"the experts' scale varies along dimensions \[0\] of .*"),
-    "rows scaled along K": (lambda q: product((q * torch.rand(K)).to(HALF), experts()), r"the activation's scale varies along dimensions \[1\].*"),
+    "rows scaled along K": (lambda q: product((q.float() * ALONG_K).to(HALF), experts()), r"the activation's scale varies along dimensions \[1\].*"),
     "rows with a zero point": (lambda q: product(((q.float() - ZERO_POINT) * A_SCALE).to(HALF), experts()), "the activation has a zero point"),
     "experts with a zero point": (lambda q: product(rows(q), ((B.float() - ZERO_POINT) * B_COLUMNS).to(HALF)), "the experts have a zero point"),
     "a group of rows for each of K": (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from .reference import ACT_BLOCK
 
 __all__ = ["BLOCK_K", "ExpertConfig", "GroupedConfig", "choose", "choose_grouped", "fitted"]
@@ -44,6 +46,8 @@ W4A16 = (
     ExpertConfig(8, 16, GroupedConfig(64, 4, 4), GroupedConfig(128, 4, 4)),  # 0.030, 0.21
     ExpertConfig(None, 64, GroupedConfig(128, 8, 3), GroupedConfig(128, 8, 3)),  # 0.49 at 1024 tokens
 )
+W4A16_FLOAT32 = (ExpertConfig(None, 16, GroupedConfig(64, 4, 2), GroupedConfig(64, 4, 2)),)
+"""For float32 activations, each in three bfloat16 parts: more registers, and nobody's speed."""
 GROUPED = (
     (8, 16, GroupedConfig(128, 4, 4)),
     (64, 32, GroupedConfig(128, 8, 4)),
@@ -61,9 +65,15 @@ def step_int4(group_size: int) -> int:
     return max(group_size, 64)
 
 
-def choose(int4: bool, weight_only: bool, pairs: int, experts: int) -> ExpertConfig:
-    """The config for so many pairs over so many experts."""
-    table = (W4A16 if weight_only else W4A8) if int4 else W8A8
+def choose(weight: torch.dtype, activation: torch.dtype, pairs: int, experts: int) -> ExpertConfig:
+    """The config for so many pairs over so many experts, and for what the products multiply: int8 or packed (uint8) by int8 or floats."""
+    table: tuple[ExpertConfig, ...]
+    if weight == torch.int8:
+        table = W8A8
+    elif activation == torch.int8:
+        table = W4A8
+    else:
+        table = W4A16_FLOAT32 if activation == torch.float32 else W4A16
     return next(config for config in table if config.pairs is None or pairs <= config.pairs * experts)
 
 

@@ -112,13 +112,12 @@ def moe_experts(
         return x.new_empty(0, n)
     x, top_k_index, top_k_weights = x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
     int4, int8_x, pairs = is_int4(gate_up), not weight_only, tokens * slots
-    config = configs.choose(int4, weight_only, pairs, experts)
-    block_m, ptx = config.block_m, x.device.type == "cuda"
-
-    x_block = ACT_BLOCK if int4 and int8_x else 0
+    x_block, ptx = ACT_BLOCK if int4 and int8_x else 0, x.device.type == "cuda"
     counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
     rank = torch.empty(pairs, dtype=torch.int32, device=x.device)
     q = torch.empty_like(x, dtype=torch.int8 if int8_x else x.dtype)
+    config = configs.choose(gate_up.dtype, q.dtype, pairs, experts)
+    block_m = config.block_m
     q_scale = torch.empty(tokens, triton.cdiv(k, x_block) if x_block else 1, dtype=torch.float32, device=x.device)
     half = max(_power(triton.cdiv(k, 2)), ACT_BLOCK // 2)
     _launch(

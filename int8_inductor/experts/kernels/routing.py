@@ -143,6 +143,6 @@ def combine(Y, INDEX, OUT, N: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr
     total = tl.zeros((BLOCK_N,), tl.float32)
     for slot in range(TOP_K):
         expert = tl.load(INDEX + token * TOP_K + slot)
-        live = (column < N) & (expert >= 0) & (expert < E)
-        total += tl.load(Y + (token * TOP_K + slot) * N + column, mask=live, other=0.0).to(tl.float32)
+        y = tl.load(Y + (token * TOP_K + slot) * N + column, mask=column < N, other=0.0).to(tl.float32)
+        total += tl.where((expert >= 0) & (expert < E), y, 0.0)
     tl.store(OUT + token * N + column, total.to(OUT.dtype.element_ty), mask=column < N)
