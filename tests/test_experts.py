@@ -29,7 +29,7 @@ def compute(case: ExpertCase, kernel: str) -> Tensor:
 # Numerics -------------------------------------------------------------------------------------------------------------------------
 
 
-@examples(40)
+@examples(24)
 @given(case=expert_cases(), kernel=st.sampled_from(KERNELS))
 @example(case=ExpertCase(experts=1, k=1, inner=1, n=1, tokens=1, slots=1), kernel="triton")
 @example(case=ExpertCase("w4a8", k=384, inner=160, group=32, tokens=40, slots=3, activation="gelu"), kernel="triton")
@@ -318,3 +318,12 @@ def test_operators_keep_the_rules_of_custom_operators() -> None:
         torch.library.opcheck(ops.moe_experts, case.operands(), {"kernel_preference": kernel})
         torch.library.opcheck(ops.scaled_grouped_mm, grouped_operands(6, 2, 5, 8, [2, 6]), {"kernel_preference": kernel})
     assert {ops.moe_experts, ops.scaled_grouped_mm} <= products.OPERATORS
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_there_is_no_gradient_and_that_is_said(kernel: str) -> None:
+    """Not a gradient that leaves the layer out: a model with frozen experts must not be trained wrongly."""
+    x, *rest = ExpertCase(tokens=3).operands()
+    y = ops.moe_experts(x.requires_grad_(), *rest, kernel_preference=kernel)
+    with pytest.raises(RuntimeError, match=r"have no gradient: .* call them under torch.no_grad\(\)"):
+        y.sum().backward()

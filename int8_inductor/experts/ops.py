@@ -185,6 +185,14 @@ library.impl("scaled_grouped_mm", _scaled_grouped_mm, "CompositeExplicitAutograd
 torch.library.register_fake("int8_inductor::moe_experts", _moe_experts_fake, lib=library)
 torch.library.register_fake("int8_inductor::scaled_grouped_mm", _scaled_grouped_mm_fake, lib=library)
 
+
+def _no_gradient(context: Any, gradient: Tensor) -> None:
+    raise RuntimeError("experts of int8_inductor have no gradient: rounding to int8 has none; call them under torch.no_grad()")
+
+
+for _name in ("moe_experts", "scaled_grouped_mm"):
+    torch.library.register_autograd(f"int8_inductor::{_name}", _no_gradient, lib=library)
+
 moe_experts = torch.ops.int8_inductor.moe_experts.default
 scaled_grouped_mm = torch.ops.int8_inductor.scaled_grouped_mm.default
 OPERATORS.update((moe_experts, scaled_grouped_mm))
