@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A result file as `write_json` left it; ValueError when it is not one."""
     result = json.loads(path.read_text())
     if not isinstance(result, dict) or not {"kind", "environment", "rows"} <= result.keys():
-        raise ValueError(f"{path.name} must be a result of benchmarks.gemm, benchmarks.models or benchmarks.accuracy")
+        raise ValueError(f"{path.name} must be a result of benchmarks.gemm, .models, .experts or .accuracy")
     return result
 
 

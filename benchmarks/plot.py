@@ -123,7 +123,7 @@ def draw_workload(axes: Axes, rows: list[dict[str, Any]], result: dict[str, Any]
     axes.grid(axis="x", alpha=0.3)
 
 
-def models_figure(result: dict[str, Any]) -> Figure:
+def models_figure(result: dict[str, Any], head: str = "Models end to end") -> Figure:
     """One panel a workload."""
     rows = [row for row in result["rows"] if row["status"] == OK]
     workloads = list(dict.fromkeys(row["workload"] for row in sorted(rows, key=lambda row: row["workload_index"])))
@@ -135,7 +135,7 @@ def models_figure(result: dict[str, Any]) -> Figure:
         draw_workload(place, [row for row in rows if row["workload"] == name], result)
     for place in axes.flat[len(workloads):]:  # fmt: skip
         place.set_axis_off()
-    figure.suptitle(f"Models end to end: {title(result)}")
+    figure.suptitle(f"{head}: {title(result)}")
     return figure
 
 
@@ -180,7 +180,12 @@ def accuracy_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
-FIGURES = {"gemm": gemm_figure, "models": models_figure, "accuracy": accuracy_figure}
+def experts_figure(result: dict[str, Any]) -> Figure:
+    """One panel a layer of experts and number of tokens."""
+    return models_figure(result, "Layers of experts")
+
+
+FIGURES = {"gemm": gemm_figure, "models": models_figure, "accuracy": accuracy_figure, "experts": experts_figure}
 
 
 def draw(path: Path) -> Path | None:

@@ -42,6 +42,7 @@ def _left_out(result: dict[str, Any]) -> list[str]:
 SECTIONS = (
     Section("Scaled INT8 products", "gemm", ("cuda",), (lambda result: tables.gemm(result, brief=True), tables.means), tables.notes),
     Section("Whole models", "models", ("cuda",), (tables.models,), _left_out),
+    Section("Layers of experts", "experts", ("cuda",), (tables.experts,), _left_out),
     Section("Scaled INT8 products on a CPU", "gemm", ("cpu",), (tables.means,), tables.notes),
     Section("Whole models on a CPU", "models", ("cpu",), (tables.models,), _left_out),
     Section("Accuracy", "accuracy", ("cuda", "cpu"), (tables.accuracy,), tables.accuracy_notes),

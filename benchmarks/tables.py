@@ -211,3 +211,21 @@ def accuracy_notes(result: dict[str, Any]) -> list[str]:
     absent = {row["reason"]: row["subject"] for row in result["rows"] if row["status"] == UNAVAILABLE}
     lines += [f"left out: {subject}: {reason}" for reason, subject in absent.items()]
     return lines + ([f"not reached: {', '.join(result['left_out'])}"] if result["left_out"] else [])
+
+
+def experts(result: dict[str, Any]) -> Table:
+    """One line for each case and variant of a layer of experts; the ratio is to the case's fastest stock variant."""
+    header = ["layer of experts, variant", "us", "p20..p80", f"vs best {result['float']}", "of roofline", "cosine"]
+    rows = []
+    for row in sorted(result["rows"], key=lambda each: (each["workload_index"], each["variant_index"])):
+        first = f"{row['workload']}, {row['variant']}"
+        if row["status"] != OK:
+            rows.append([first, row["status"] if row["status"] == REFUSED else "FAILED", *["-"] * (len(header) - 2)])
+            continue
+        base = best([each for each in result["rows"] if each["workload"] == row["workload"] and each["group"] == BASELINE])
+        share = row["roofline_share"]
+        rows.append([
+            first, f"{row['ms'] * 1e3:.1f}", f"{row['ms_p20'] * 1e3:.1f}..{row['ms_p80'] * 1e3:.1f}", times(base["ms"] / row["ms"] if base else None),
+            "-" if share is None else f"{share:.0%}", f"{row['cosine']:.6f}",
+        ])  # fmt: skip
+    return header, rows

@@ -10,6 +10,13 @@ from . import config, ops  # noqa: E402
 from . import lowering as lowering  # noqa: E402 - registers the lowerings
 from .backend import install_in_stock_inductor  # noqa: E402
 from .calibrate import calibrate  # noqa: E402
+from .experts import lowering as _experts_lowering  # noqa: E402, F401 - registers the lowerings
+from .experts.module import QuantizedExperts  # noqa: E402
+from .experts.quantize import (  # noqa: E402
+    Int4WeightOnlyExpertsConfig,
+    Int8DynamicActivationInt4ExpertsConfig,
+    Int8DynamicActivationInt8ExpertsConfig,
+)
 from .explain import LeftBehindError, Report, explain  # noqa: E402
 from .granularity import MappingType, PerRow, PerTensor  # noqa: E402
 from .kernels import KernelPreference, KernelPreferenceError  # noqa: E402
@@ -19,6 +26,9 @@ from .quantize import Int8DynamicActivationInt8WeightConfig, Int8StaticActivatio
 from .smooth_quant import smooth_quant  # noqa: E402
 
 __all__ = [
+    "Int4WeightOnlyExpertsConfig",
+    "Int8DynamicActivationInt4ExpertsConfig",
+    "Int8DynamicActivationInt8ExpertsConfig",
     "Int8DynamicActivationInt8WeightConfig",
     "Int8Linear",
     "Int8StaticActivationInt8WeightConfig",
@@ -32,6 +42,7 @@ __all__ = [
     "PerRow",
     "PerTensor",
     "PercentileObserver",
+    "QuantizedExperts",
     "Report",
     "calibrate",
     "config",

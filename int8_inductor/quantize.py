@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,11 +17,20 @@ __all__ = ["Int8Config", "Int8DynamicActivationInt8WeightConfig", "Int8StaticAct
 
 
 class Int8Config:
-    """Base of the configs: what `quantize_` makes of one linear layer."""
+    """Base of the configs: what `quantize_` makes of one linear layer. One for modules of another kind overrides `choose` and `replace`."""
 
     def convert(self, linear: nn.Linear) -> nn.Module:
         """The quantized module that takes `linear`'s place."""
         raise TypeError(f"config must be one of int8_inductor's configs, got {type(self).__name__}")
+
+    def choose(self, model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None) -> Mapping[str, nn.Module]:
+        """The modules of `model` to quantize, checked, by name; TypeError or ValueError where `filter_fn` chose something else, or nothing."""
+        return choose_linears(model, filter_fn or is_linear)
+
+    def replace(self, name: str, module: nn.Module, device: torch.device | str | int | None) -> nn.Module:
+        """What takes the place of `module`, on `device` (None: its own); TypeError or ValueError that names it."""
+        assert isinstance(module, nn.Linear)
+        return _convert(name, module, self, device)
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,9 @@ def quantize_(
     """Swap the nn.Linear layers of `model` for quantized ones, in place: all that were asked for, or, on an error, none.
 
     Args:
-        model: any module that contains nn.Linear layers.
+        model: any module that contains nn.Linear layers, or, for a config for experts, stacked experts.
         config: what to make of each, e.g. `Int8DynamicActivationInt8WeightConfig()`.
-        filter_fn: (module, fully qualified name) -> whether to quantize it; by default every nn.Linear.
+        filter_fn: (module, fully qualified name) -> whether to quantize it; by default every nn.Linear, or all stacked experts.
         device: where to quantize; the whole model is on it afterwards. None: each layer where it is.
 
     Raises:
@@ -111,8 +120,8 @@ def quantize_(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, Int8Config):
         raise TypeError(f"config must be one of int8_inductor's configs, got {type(config).__name__}")
-    chosen = choose_linears(model, filter_fn or is_linear)
-    converted = {id(linear): _convert(name, linear, config, device) for name, linear in chosen.items()}
+    chosen = config.choose(model, filter_fn)
+    converted = {id(module): config.replace(name, module, device) for name, module in chosen.items()}
     for parent in list(model.modules()):
         # _modules, not named_children(): that one names a module shared by two attributes once.
         for child_name, child in list(parent._modules.items()):
@@ -160,9 +169,14 @@ def _convert(name: str, linear: nn.Linear, config: Int8Config, device: torch.dev
         converted = config.convert(source)
     except (TypeError, ValueError) as error:
         raise type(error)(f"cannot quantize {name!r}: {error}") from error
+    return keep_hooks(linear, converted)
+
+
+def keep_hooks(source: nn.Module, converted: nn.Module) -> nn.Module:
+    """`converted`, with the hooks of `source`."""
     for hooks in _HOOKS:
-        # The dict itself, so that a handle which registered a hook on the linear still removes it.
-        setattr(converted, hooks, getattr(linear, hooks))
+        # The dict itself, so that a handle which registered a hook on the source still removes it.
+        setattr(converted, hooks, getattr(source, hooks))
     return converted
 
 

@@ -1,4 +1,4 @@
-"""`QuantizedLinear`: what linear layers with quantized weights have in common, whatever the layout: plain buffers that casts and checkpoints keep."""
+"""`QuantizedModule`: plain buffers that casts and checkpoints keep; `QuantizedLinear`: what linear layers with quantized weights have in common."""
 
 from __future__ import annotations
 
@@ -14,22 +14,69 @@ from .granularity import check_scale
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["QuantizedLinear", "check_features", "check_weight_scale", "checked_weight", "divided_weight"]
+__all__ = ["QuantizedLinear", "QuantizedModule", "check_features", "check_weight_scale", "checked_weight", "divided_weight"]
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedModule(nn.Module):
+    """A module with integer weights and float32 scales in ordinary buffers. Scales stay float32 under `.to(dtype)`, `.half()` and `.bfloat16()`."""
+
+    INTEGERS: ClassVar[dict[str, torch.dtype]]
+    """Integer buffers, weights first, and the dtype that each has in a state dict."""
+    SCALES: ClassVar[tuple[str, ...]]
+    """float32 buffers; one that a module lacks is None."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # Module.to(dtype) casts every floating-point buffer. Scales pass through it as int32 bits: they move, and keep their precision.
+        scales = {name: scale for name in self._scale_names() if (scale := getattr(self, name)) is not None}
+        moved = {name: fn(scale.view(torch.int32)) for name, scale in scales.items()}
+        for name, bits in moved.items():
+            if bits.dtype != torch.int32:
+                weight = str(next(iter(self.INTEGERS.values()))).removeprefix("torch.")
+                raise TypeError(
+                    f"{type(self).__name__} keeps its weight {weight} and its scales float32, "
+                    f"got a cast of all buffers to {bits.dtype}: use .to(dtype)"
+                )
+            scales[name] = bits.view(torch.float32)
+        self._buffers.update(dict.fromkeys(scales))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(scales)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, dtype in self.INTEGERS.items():
+            if (ints := state_dict.get(prefix + name)) is not None and ints.dtype != dtype:
+                raise TypeError(f"{prefix}{name} must be {dtype}, got {ints.dtype}")
+        for name in self._scale_names():
+            if (scale := state_dict.get(prefix + name)) is not None and not self._is_unset(name, scale):
+                check_scale(prefix + name, scale)
+        self._before_load(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _before_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """What a module changes about its buffers for a state dict that has been checked."""
+
+    def _scale_names(self) -> tuple[str, ...]:
+        """The buffers that stay float32."""
+        return self.SCALES
+
+    def _is_unset(self, name: str, scale: Tensor) -> bool:
+        """Whether what a state dict has as scale `name` says that there is none yet."""
+        return False
+
+
+class QuantizedLinear(QuantizedModule):
     """A drop-in for nn.Linear with an integer `weight` of N rows, float32 scales, and `bias` [N] or None: all ordinary buffers.
 
     So is `act_pre_scale`, float32 [K] or None: x is multiplied by it, channel by channel, before anything else is done with it, and the weight was
     divided by it before it was quantized (torchao's name; `smooth_quant` chooses it). A state dict that has the weight says whether there is one.
-    Scales stay float32 under `.to(dtype)`, `.half()` and `.bfloat16()`. A subclass registers the buffers, names them here, and defines
-    `dequantized_weight` and `_linear`, in plain aten arithmetic: that is what the layer computes.
+    A subclass registers the buffers, names them here, and defines `dequantized_weight` and `_linear`, in plain aten arithmetic: that is what the
+    layer computes.
     """
 
     INTEGERS: ClassVar[dict[str, torch.dtype]] = {"weight": torch.int8}
-    """Integer buffers, and the dtype that each has in a state dict."""
     SCALES: ClassVar[tuple[str, ...]] = ("weight_scale",)
-    """float32 buffers; one that a layer lacks is None."""
 
     in_features: int
     out_features: int
@@ -74,44 +121,14 @@ class QuantizedLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
         return linear.train(self.training)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # Module.to(dtype) casts every floating-point buffer. Scales pass through it as int32 bits: they move, and keep their precision.
-        scales = {name: scale for name in self._scale_names() if (scale := getattr(self, name)) is not None}
-        moved = {name: fn(scale.view(torch.int32)) for name, scale in scales.items()}
-        for name, bits in moved.items():
-            if bits.dtype != torch.int32:
-                weight = str(self.INTEGERS["weight"]).removeprefix("torch.")
-                raise TypeError(
-                    f"{type(self).__name__} keeps its weight {weight} and its scales float32, "
-                    f"got a cast of all buffers to {bits.dtype}: use .to(dtype)"
-                )
-            scales[name] = bits.view(torch.float32)
-        self._buffers.update(dict.fromkeys(scales))
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self._buffers.update(scales)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, dtype in self.INTEGERS.items():
-            if (ints := state_dict.get(prefix + name)) is not None and ints.dtype != dtype:
-                raise TypeError(f"{prefix}{name} must be {dtype}, got {ints.dtype}")
-        for name in self._scale_names():
-            if (scale := state_dict.get(prefix + name)) is not None and not self._is_unset(name, scale):
-                check_scale(prefix + name, scale)
+    def _before_load(self, state_dict: dict[str, Any], prefix: str) -> None:
         if prefix + "weight" in state_dict:
             # The weight in the dict was divided by the pre-scale in it, or by none: whatever this layer had would be wrong.
             has_one = prefix + "act_pre_scale" in state_dict
             self.act_pre_scale = torch.ones(self.in_features, dtype=torch.float32, device=self.weight.device) if has_one else None
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _scale_names(self) -> tuple[str, ...]:
         return (*self.SCALES, "act_pre_scale")
-
-    def _is_unset(self, name: str, scale: Tensor) -> bool:
-        """Whether what a state dict has as scale `name` says that there is none yet."""
-        return False
 
 
 def checked_weight(linear: nn.Linear) -> Tensor:

@@ -34,7 +34,7 @@ class Job:
 @dataclass(frozen=True)
 class MachineCode:
     """shared: bytes a block. registers, stack: registers and bytes of local memory a thread. mma: instructions that multiply int8, as PTX names them.
-    loop_spills: loads and stores of local memory inside a loop that multiplies.
+    loop_spills: loads and stores of local memory inside a loop that multiplies. from_registers: products whose left operand is in registers.
     """
 
     shared: int
@@ -42,6 +42,7 @@ class MachineCode:
     stack: int
     mma: list[str]
     loop_spills: int
+    from_registers: int = 0
 
 
 def generated_kernel(code: str) -> str:
@@ -101,14 +102,19 @@ def _compile(job: Job, folder: str, number: int) -> MachineCode:
     pointers = [i for i, dtype in enumerate(signature.values()) if dtype.startswith("*")]
     source = ASTSource(fn=kernel, signature=signature, constexprs={}, attrs={(i,): [["tt.divisibility", 16]] for i in pointers})
     options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
+    return measure(triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options), folder, number)
+
+
+def measure(compiled: Any, folder: str, number: int) -> MachineCode:
+    """What a kernel that Triton compiled takes."""
     cubin = Path(folder, f"kernel_{number}.cubin")
     cubin.write_bytes(compiled.asm["cubin"])
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "--dump-resource-usage", str(cubin))))
     stack = int(usage["STACK"]) + int(usage["LOCAL"])
     spills = sum(_loop_spills(_tool("nvdisasm", "-c", str(cubin)))) if stack else 0
     mma = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|dp4a)[\w.:]*", compiled.asm["ptx"])
-    return MachineCode(compiled.metadata.shared, int(usage["REG"]), stack, sorted(set(mma)), spills)
+    from_registers = re.findall(r"wgmma\.mma_async[\w.:]*\s*\{[^}]*\},\s*\{", compiled.asm["ptx"])
+    return MachineCode(compiled.metadata.shared, int(usage["REG"]), stack, sorted(set(mma)), spills, len(from_registers))
 
 
 def _tool(name: str, *arguments: str) -> str:

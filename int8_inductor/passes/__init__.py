@@ -18,6 +18,7 @@ from .base import argument, aten, val
 from .context import Context, current, running
 from .dialects import find_dequant
 from .epilogue import BIAS, OUT_DTYPE, fold_activations
+from .experts import note_experts, rewrite_grouped
 from .instructions import use_fewer_instructions
 from .linear import LINEAR
 from .requantize import fold_quants
@@ -60,6 +61,8 @@ PASSES: tuple[Callable[[Graph], Any], ...] = (
     merge_quants,
     _note_dequants,
     LINEAR.apply,
+    rewrite_grouped,
+    note_experts,
     BIAS.apply,
     fold_activations,
     fold_quants,
@@ -94,6 +97,7 @@ class Int8Pass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         from .. import lowering_side_by_side  # noqa: F401 - registers the lowerings of what the passes write
+        from ..experts import lowering  # noqa: F401
 
         with running(Context(self.preference)) as context:
             for each in PASSES:

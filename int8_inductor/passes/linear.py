@@ -27,7 +27,7 @@ from .schemes import SCHEMES, Operand, Reading
 LINEAR = PatternMatcherPass(pass_name="int8_inductor_linear")
 
 
-def _operand(node: Node) -> Operand:
+def operand(node: Node) -> Operand:
     """`node` as a side of a product: with the dequant that it comes from over transparent ops, and those ops."""
     path, source = Path(), node
     while isinstance(source, Node):
@@ -41,7 +41,7 @@ def _operand(node: Node) -> Operand:
     return Operand(node, None, Path())
 
 
-def _needs_gradient(graph: Graph, roots: list[Node]) -> bool:
+def needs_gradient(graph: Graph, roots: list[Node]) -> bool:
     """Whether `graph` is a joint training graph that returns a gradient for something that `roots` are computed from."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     primals = [n for n in placeholders if not str(n.target).startswith("tangents_")]
@@ -102,7 +102,7 @@ def _rewrite(node: Node, left: Operand, right: Operand, bias: Node | None) -> No
     _bias_vector(bias, val(right.node).shape[1])
     bias = None if bias is None else widened(bias)
     graph = node.graph
-    if _needs_gradient(graph, list(reading.weights)):
+    if needs_gradient(graph, list(reading.weights)):
         raise Declined("this training graph needs the weight's gradient")
     current().check_kernel(val(node).device)
     with graph.inserting_before(node):
@@ -126,7 +126,7 @@ def _leading_sizes(graph: Graph, node: Node) -> list[Any]:
 
 
 def _handle(node: Node, a: Node, b: Node, bias: Any = None, scales: tuple[Any, Any] = (1, 1)) -> None:
-    ledger, left, right = current().ledger, _operand(a), _operand(b)
+    ledger, left, right = current().ledger, operand(a), operand(b)
     if left.dequant is None and right.dequant is None:
         float_linear(ledger, node)
         return
@@ -164,5 +164,5 @@ def rewrite_bmm(match: Match, a: Node, b: Node) -> None:
     node = match.output_node()
     if (weight := _repeated_matrix(b)) is not None:
         _handle(node, a, weight)
-    elif _operand(a).dequant is not None or _operand(b).dequant is not None:
+    elif operand(a).dequant is not None or operand(b).dequant is not None:
         current().ledger.linear(node, LEFT, "a batched product (bmm) is not a linear")
