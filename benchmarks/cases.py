@@ -102,6 +102,7 @@ SHAPE_SETS: dict[str, tuple[Case, ...]] = {
     "llama": _LLAMA,
     "vit": (*_VIT, _EPILOGUE[0]),
     "all": tuple(dict.fromkeys((*_TABLE, *_EPILOGUE, *_LLAMA, *_VIT))),
+    "weights": tuple(Case(m, n, k) for m in (1, 16, 4, 1024, 4096, 64, 256, 8192) for n, k in LLAMA),
     "cpu": _CPU,
     "small": (*_cases((64, 256, 256), (1, 256, 256), (50, 197, 64)), *_cases((64, 256, 256), tail="gelu-int8")),
 }
@@ -130,6 +131,7 @@ GROUPS = {
     "Llama, M >= 1024": lambda case: case.m >= 1024 and (case.n, case.k) in LLAMA and case.tail.name == "plain",
     "Llama, M 64 and 256": lambda case: case.m in (64, 256) and (case.n, case.k) in LLAMA and case.tail.name == "plain",
     "Llama, M 1 and 16": lambda case: case.m in (1, 16) and (case.n, case.k) in LLAMA and case.tail.name == "plain",
+    "Llama, M 4": lambda case: case.m == 4 and (case.n, case.k) in LLAMA and case.tail.name == "plain",
     "ViT-B/16, batch 32": lambda case: case.m == VIT_M and (case.n, case.k) in VIT and case.tail.name == "plain",
     "BERT sizes, M 1 to 16": lambda case: _on_a_cpu(case, 1, 16),
     "BERT sizes, M 32 to 512": lambda case: _on_a_cpu(case, 32, 512),

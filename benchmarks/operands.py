@@ -31,11 +31,15 @@ _POISON_BLOCKS = 8
 
 @dataclass(frozen=True)
 class Operands:
-    """A number format: `pair` draws (a [M, K], b [N, K], a_scale [M, 1] or None, b_scale [N] or None)."""
+    """A number format: `pair` draws (a [M, K], b [N, K], a_scale [M, 1] or None, b_scale [N] or None).
+
+    dequantized: of a format with other operands, all of which `pair` draws: the float64 (a, b) that they stand for.
+    """
 
     name: str
     pair: Callable[[Case, torch.device], tuple[Tensor, ...]]
     exact: bool
+    dequantized: Callable[[tuple[Tensor, ...]], tuple[Tensor, Tensor]] | None = None
 
     def draw(self, case: Case, device: torch.device) -> tuple[Tensor, ...]:
         """Fresh random operands: a, b, scales where the format has them, then bias and, for INT8 formats, out_scale where the case has them."""
@@ -145,7 +149,7 @@ def check(case: Case, form: Operands, call: Callable[..., Tensor], stale: tuple[
     """Run `call` on fresh operands and hold its output against float64. `stale` are other operands, for the run that finds the output's size."""
     operands = form.draw(case, device)
     out, poisoned = run_poisoned(call, stale, operands)
-    truth = float64_truth(case, operands)
+    truth = float64_truth(case, operands if form.dequantized is None else form.dequantized(operands))
     wanted = torch.int8 if case.tail.int8_out and form.exact else float_dtype(device)
     if out.dtype != wanted or out.shape != truth.shape:
         described = f"{out.dtype} {list(out.shape)}, wanted {wanted} {list(truth.shape)}"

@@ -18,20 +18,33 @@ from .experts.quantize import (  # noqa: E402
     Int8DynamicActivationInt8ExpertsConfig,
 )
 from .explain import LeftBehindError, Report, explain  # noqa: E402
-from .granularity import MappingType, PerRow, PerTensor  # noqa: E402
+from .granularity import MappingType, PerGroup, PerRow, PerTensor  # noqa: E402
 from .kernels import KernelPreference, KernelPreferenceError  # noqa: E402
 from .linear import Int8Linear  # noqa: E402
 from .observers import MinMaxObserver, MSEObserver, Observer, PercentileObserver  # noqa: E402
-from .quantize import Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig, quantize_  # noqa: E402
+from .quantize import (  # noqa: E402
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt4WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
 from .smooth_quant import smooth_quant  # noqa: E402
+from .weight_linear import Int4Linear, Int8WeightOnlyLinear  # noqa: E402
 
 __all__ = [
+    "Int4Linear",
+    "Int4WeightOnlyConfig",
     "Int4WeightOnlyExpertsConfig",
     "Int8DynamicActivationInt4ExpertsConfig",
+    "Int8DynamicActivationInt4WeightConfig",
     "Int8DynamicActivationInt8ExpertsConfig",
     "Int8DynamicActivationInt8WeightConfig",
     "Int8Linear",
     "Int8StaticActivationInt8WeightConfig",
+    "Int8WeightOnlyConfig",
+    "Int8WeightOnlyLinear",
     "KernelPreference",
     "KernelPreferenceError",
     "LeftBehindError",
@@ -39,6 +52,7 @@ __all__ = [
     "MappingType",
     "MinMaxObserver",
     "Observer",
+    "PerGroup",
     "PerRow",
     "PerTensor",
     "PercentileObserver",

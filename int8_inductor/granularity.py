@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import reference
 
-__all__ = ["Granularity", "MappingType", "PerRow", "PerTensor"]
+__all__ = ["Granularity", "MappingType", "PerGroup", "PerRow", "PerTensor"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class PerRow(Granularity):
 
     def reduced_dims(self, t: Tensor) -> list[int]:
         return [-1]
+
+
+@dataclass(frozen=True)
+class PerGroup(Granularity):
+    """One scale for each `group_size` values of a row: of a weight [N, K], 1 x group_size along K."""
+
+    group_size: int
+
+    def reduced_dims(self, t: Tensor) -> list[int]:
+        raise TypeError(f"{self!r} has no dimensions that share a scale: they are parts of the last one")
 
 
 class MappingType(enum.Enum):

@@ -155,6 +155,12 @@ class _Call:
         return ops.operands_of(self.given)
 
     @property
+    def sizes(self) -> Problem:
+        """The product's sizes, of operands that may not be laid out yet."""
+        a, ((m, k), n) = self.given["a"], (self.given["a"].get_size(), self.given["b"].get_size()[-2])
+        return Problem(size_hint(m), size_hint(n), size_hint(k), None, False, a_bytes=a.get_dtype().itemsize)
+
+    @property
     def in_tail(self) -> dict[str, Any]:
         """The tensors that the tail reads, those that are there, in its order."""
         return {name: box for name in OPERANDS if name not in self.lowering.loop and (box := self.given.get(name)) is not None}
@@ -234,7 +240,8 @@ def _lower_torch(call: _Call) -> Any:
 
     present = {name: box for name, box in given.items() if hasattr(box, "get_dtype")}
     present |= {name: computed_once(present[name]) for name in ("a", "b")}
-    record_kernel(V.graph.current_node, call.lowering.eager_kernel, call.tail(dict.fromkeys(call.in_tail, SCALAR)).describe())
+    kernel = call.lowering.eager_kernel(call.sizes)
+    record_kernel(V.graph.current_node, kernel, call.tail(dict.fromkeys(call.in_tail, SCALAR)).describe())
     result = _lower_eager(eager, present)
     if given["activation"] != "none":
         for each in result if isinstance(result, (tuple, list)) else (result,):
@@ -247,7 +254,10 @@ def _call(product: Product, operator: torch._ops.OpOverload, given: dict[str, An
 
 
 def _runs_triton(call: _Call) -> bool:
-    return resolve(parse(call.given["kernel_preference"]), call.given["a"].get_device()) is KernelPreference.TRITON
+    preference = parse(call.given["kernel_preference"])
+    kernel = resolve(preference, call.given["a"].get_device())
+    expands = preference is KernelPreference.AUTO and call.lowering.expands(call.sizes)
+    return kernel is KernelPreference.TRITON and not expands
 
 
 def _lower(product: Product, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:

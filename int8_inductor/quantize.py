@@ -9,11 +9,20 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .granularity import GranularityArgument, MappingType, PerRow, PerTensor, check_mapping_type, normalize_granularity
+from .granularity import Granularity, GranularityArgument, MappingType, PerRow, PerTensor, check_mapping_type, normalize_granularity
 from .linear import Int8Linear
 from .quantized_linear import QuantizedLinear
+from .weight_linear import Int4Linear, Int8WeightOnlyLinear, check_group_size, check_int4_activation, check_weight_granularity
 
-__all__ = ["Int8Config", "Int8DynamicActivationInt8WeightConfig", "Int8StaticActivationInt8WeightConfig", "quantize_"]
+__all__ = [
+    "Int4WeightOnlyConfig",
+    "Int8Config",
+    "Int8DynamicActivationInt4WeightConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+    "Int8StaticActivationInt8WeightConfig",
+    "Int8WeightOnlyConfig",
+    "quantize_",
+]
 
 
 class Int8Config:
@@ -77,6 +86,56 @@ class Int8StaticActivationInt8WeightConfig(Int8Config):
     def convert(self, linear: nn.Linear) -> nn.Module:
         pair = (PerTensor(), normalize_granularity(self.granularity)[1])
         return Int8Linear.from_linear(linear, granularity=pair, act_mapping_type=self.act_mapping_type, static=True)
+
+
+@dataclass(frozen=True)
+class Int8WeightOnlyConfig(Int8Config):
+    """W8A16: int8 weights, activations as they are.
+
+    granularity: PerRow(), PerTensor(), or PerGroup(g): a scale for each g values along K, g from 32, 64 and 128.
+    """
+
+    granularity: Granularity = field(default_factory=PerRow)
+
+    def __post_init__(self) -> None:
+        check_weight_granularity(self.granularity)
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        return Int8WeightOnlyLinear.from_linear(linear, granularity=self.granularity)
+
+
+@dataclass(frozen=True)
+class Int4WeightOnlyConfig(Int8Config):
+    """W4A16: symmetric int4 weights with a scale for each `group_size` values (32, 64 or 128) along K, activations as they are."""
+
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        return Int4Linear.from_linear(linear, group_size=self.group_size)
+
+
+@dataclass(frozen=True)
+class Int8DynamicActivationInt4WeightConfig(Int8Config):
+    """W4A8: the same int4 weights, and activations quantized to int8 with symmetric scales chosen from each input at run time.
+
+    group_size: of the weight: 32, 64 or 128.
+    act_granularity: PerRow(), or PerGroup(group_size): a scale for each row and `group_size` values along K.
+    """
+
+    group_size: int = 128
+    act_granularity: Granularity = field(default_factory=PerRow)
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+        if self.act_granularity is None:
+            raise ValueError(f"act_granularity must be PerRow() or PerGroup({self.group_size}), got None")
+        check_int4_activation(self.act_granularity, self.group_size)
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        return Int4Linear.from_linear(linear, group_size=self.group_size, act_granularity=self.act_granularity)
 
 
 _HOOKS = (

@@ -35,20 +35,20 @@ from int8_inductor.explain import Entry
 
 
 class Mixed(nn.Module):
-    """A chain of two static linears, a float one, and one whose weight alone is int8."""
+    """A chain of two static linears, a float one, and one whose weight alone is int8, and [K, N]."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.chain = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
         self.head = nn.Linear(16, 8)
-        self.weight = nn.Buffer(torch.randint(-127, 128, (4, 8), dtype=torch.int8))
+        self.weight = nn.Buffer(torch.randint(-127, 128, (8, 4), dtype=torch.int8))
         quantize_(self, Int8StaticActivationInt8WeightConfig(), lambda module, name: name.startswith("chain.") and isinstance(module, nn.Linear))
         calibrate(self, [torch.randn(32, 16)], progress=False)
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         y = self.head(self.chain(x)) * gain
-        return nn.functional.linear(y, self.weight.float() * 0.01)
+        return y @ (self.weight.float() * 0.01)
 
 
 class Broken(nn.Module):
@@ -85,7 +85,7 @@ def test_every_linear_quant_and_dequant_is_in_the_report(preference: str, kernel
         ("chain.0", "rewritten", kernel, "scales + bias + gelu + int8", ""),
         ("chain.2", "rewritten", kernel, "scales + bias", ""),
         ("head", "float", "", "", ""),
-        ("", "left", "", "", "its weight is dequantized from int8 and its activation is not"),
+        ("", "left", "", "", "the weight is [K, N] in memory, not [N, K]"),
     ]
     assert rows(report.quants, "source", "status", "reason") == [
         ("chain.0", "feeds", "no linear comes right before it"),
@@ -358,7 +358,7 @@ def test_one_line_a_graph_and_a_warning_for_each_thing_left(x: Tensor, caplog: p
     assert records[0] == ("INFO", report.summary())
     assert [level for level, _ in records[1:]] == ["WARNING"] * 2
     assert records[1][1].startswith(f"dequant {dequant.name} left as it was: {dequant.reason}")
-    assert records[2][1].startswith(f"linear {linear.name} left as it was: its weight is dequantized from int8 and its activation is not")
+    assert records[2][1].startswith(f"linear {linear.name} left as it was: the weight is [K, N] in memory, not [N, K]")
 
 
 LOGGED = """

@@ -15,7 +15,8 @@ from int8_inductor import lowering, ops, reference
 from int8_inductor.passes import linear
 from int8_inductor.passes.base import Declined, val
 from int8_inductor.passes.operands import weight_factors
-from int8_inductor.passes.schemes import SCHEMES, Operand, Reading, Scheme
+from int8_inductor.passes.schemes import Operand, Reading, Scheme
+from int8_inductor.passes.schemes.w8a8 import W8A8
 from int8_inductor.products import Product
 from int8_inductor.templates import LOWERINGS, Lowering
 from int8_inductor.templates.problem import TILE_ORDER, Device, Problem
@@ -93,7 +94,9 @@ def _grouped() -> None:
     module: Any = ModuleType("grouped")
     module.template, module.constants = template, constants
     module.candidates = lambda problem, *args, **kwargs: list(problem.groups)
-    LOWERINGS["grouped_mm"] = Lowering(GROUPED, (module,), eager, "aten.mm", loop=("b_scale",), groups=lambda operands: (operands["group_size"],))
+    LOWERINGS["grouped_mm"] = Lowering(
+        GROUPED, (module,), eager, lambda problem: "aten.mm", loop=("b_scale",), groups=lambda operands: (operands["group_size"],)
+    )
     ops.define(GROUPED)
     lowering.register(GROUPED)
 
@@ -136,7 +139,7 @@ def test_operators(kernel: str, cpu_backend: str | None, dtype: torch.dtype) -> 
 def rewritten(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Compiled, Tensor]:
     """gelu(linear(a, dequantize(b)) + bias), compiled with the scheme, and its result in float64."""
     a, b, scale, bias = operands(dtype, groups=1)
-    monkeypatch.setattr(linear, "SCHEMES", (Scheme("grouped", read), *SCHEMES))
+    monkeypatch.setattr(linear, "SCHEMES", (Scheme("grouped", read), W8A8))
 
     def fn(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return torch.nn.functional.gelu((a @ reference.dequantize(b, scale).to(dtype).t()).float() + bias)

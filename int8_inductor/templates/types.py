@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..products import Product
+from .problem import Problem
 
 __all__ = ["Lowering"]
 
@@ -18,18 +19,25 @@ def no_groups(operands: Mapping[str, Any]) -> tuple[int, ...]:
     return ()
 
 
+def never(problem: Problem) -> bool:
+    """`Lowering.expands` of a product whose templates are always faster."""
+    return False
+
+
 @dataclass(frozen=True)
 class Lowering:
     """What lowering.py needs to know of a product.
 
     templates: modules, each a main loop. loop: names of the operands, besides a and b, that the main loops read: whole, in this order, after A and B.
-    The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what `eager_kernel` names, compiled
-    for KernelPreference.TORCH. groups(operands): Problem.groups, from the product's operands by name, as Inductor's boxes and numbers.
+    The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what eager_kernel(problem) names,
+    compiled for KernelPreference.TORCH, and for AUTO where expands(problem) says so. groups(operands): Problem.groups, from the product's operands by
+    name, as Inductor's boxes and numbers.
     """
 
     product: Product
     templates: tuple[Any, ...]
     eager: Callable[..., Tensor]
-    eager_kernel: str
+    eager_kernel: Callable[[Problem], str]
     loop: tuple[str, ...] = ()
     groups: Callable[[Mapping[str, Any]], tuple[int, ...]] = no_groups
+    expands: Callable[[Problem], bool] = never

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ... import reference
 from ..base import aten, is_exact, is_float_cast, prims, same_shape, val
+from ..unpack import unpacked
 from .types import Dequant, Dialect, Quant, Value, is_number, is_single, is_symbolic, qparams_problem, simplified, unexpanded
 
 __all__ = ["PLAIN_ATEN", "STEPS"]
@@ -57,7 +58,7 @@ def _dequant(node: Node) -> Dequant | None:
 
 def _read_dequant(node: Node, found: dict[str, Any], inverse: bool) -> Dequant | None:
     q = found["q"]
-    if not isinstance(q, Node) or val(q).dtype != torch.int8 or not found["dtype"].is_floating_point:
+    if not isinstance(q, Node) or not found["dtype"].is_floating_point or (val(q).dtype != torch.int8 and unpacked(q) is None):
         return None
     if found.get("int_dtype", torch.int32) not in (torch.int16, torch.int32, torch.int64):
         return None

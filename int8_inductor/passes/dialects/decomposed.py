@@ -22,6 +22,9 @@ _GRANULARITIES = {
 """What follows quantize_ and dequantize_ in an operator's name -> its arguments for scale and zero point."""
 
 
+_GROUPS = "per_channel_group"
+
+
 def choose_qparams_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What quantized_decomposed.choose_qparams_per_token computes, in the dtypes that its meta function says: float64 scales, int64 zero points.
 
@@ -55,10 +58,18 @@ def _dequant(node: Node) -> Dequant | None:
     q = argument(node, "input")
     if val(q).dtype != torch.int8:
         return None
+    if granularity == _GROUPS:
+        return _dequant_groups(node, q)
     if granularity not in _GRANULARITIES:
         return Dequant(node, q, 1.0, None, problem=f"quantized_decomposed.dequantize_{granularity} is not one that is matched")
     scale, zero_point, axis = _qparams(node, granularity)
     return Dequant(node, q, scale, zero_point, axis=axis, problem=_dequant_problem(node, granularity, scale, zero_point))
+
+
+def _dequant_groups(node: Node, q: Node) -> Dequant:
+    scales, zero_points = argument(node, "scales"), simplified(argument(node, "zero_points"))
+    problem = f"it dequantizes to {val(node).dtype}" if val(node).dtype not in reference.OUT_DTYPES else qparams_problem(scales, zero_points)
+    return Dequant(node, q, scales, zero_points, problem=problem, group_size=argument(node, "group_size"))
 
 
 def _dequant_problem(node: Node, granularity: str, scale: Value, zero_point: Value | None) -> str:

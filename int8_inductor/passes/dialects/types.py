@@ -20,7 +20,8 @@ class Dequant:
     """node = (q - zero_point) * scale; inverse: `scale` is 1 / scale.
 
     axis: the dimension of q along which a scale and zero point of one dimension lie; None: they broadcast against q.
-    problem: why this is not exactly that and must be left alone, or ''.
+    problem: why this is not exactly that and must be left alone, or ''. group_size: how many values along the last dimension of q share a scale,
+    [..., K / group_size]; None: what broadcasting says.
     """
 
     node: Node
@@ -30,6 +31,7 @@ class Dequant:
     inverse: bool = False
     axis: int | None = None
     problem: str = ""
+    group_size: int | None = None
 
 
 @dataclass(frozen=True)

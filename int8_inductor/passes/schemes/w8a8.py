@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from ... import reference
 from ...products.scaled_mm import SCALED_MM
-from ..base import Declined, aten, make
+from ..base import Declined, aten, make, val
 from ..operands import Factor, activation_factors, check_sizes, weight_factors
 from .types import Operand, Reading, Scheme
 
@@ -28,6 +28,10 @@ def read(left: Operand, right: Operand) -> Reading:
     for dequant in (a, b):
         if dequant.problem:
             raise Declined(f"{dequant.node.name} is no dequantize that is matched: {dequant.problem}")
+        if dequant.group_size is not None:
+            raise Declined(f"{dequant.node.name} has its scales in groups")
+        if val(dequant.q).dtype != torch.int8:
+            raise Declined(f"{dequant.node.name} dequantizes {val(dequant.q).dtype}, not int8")
     a_scale, a_zero = activation_factors(a, a_path)
     b_scale, b_zero, transposed = weight_factors(b, right.path)
     limits = (reference.MAX_K, reference.MAX_K_ZERO_POINT, reference.MAX_K_ZERO_POINTS)

@@ -1,0 +1,105 @@
+"""The templates of weight-only and int4 products one by one: every config, and which are worth timing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from support import check_float, run
+from test_templates import DEVICES
+from weight_cases import NAMES, WeightCase
+
+from int8_inductor import autotune
+from int8_inductor.templates import LOWERINGS
+from int8_inductor.templates.problem import Problem
+from int8_inductor.templates.tail import COLUMN, Tail
+from int8_inductor.templates.weight_only import EXPANDED_ROWS
+from int8_inductor.templates.weight_split import WeightSplit
+from int8_inductor.templates.weight_tiled import WeightTiled
+from int8_inductor.templates.weight_vector import WeightVector
+
+
+@contextmanager
+def only(name: str, template: Any, config: Any) -> Iterator[None]:
+    """Lower a product to one config of one template."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LOWERINGS, name, dataclasses.replace(LOWERINGS[name], templates=(template,)))
+        patch.setattr(autotune, "_WINNERS", {})
+        patch.setattr(template, "candidates", lambda *args, **kwargs: [config])
+        yield
+
+
+def configs() -> Iterator[Any]:
+    for name in NAMES:
+        for template in LOWERINGS[name].templates:
+            for config in template.configs:
+                yield pytest.param(name, template, config, id=f"{name}-{config}")
+
+
+@pytest.mark.parametrize(("name", "template", "config"), configs())
+def test_every_config(device: str, name: str, template: Any, config: Any) -> None:
+    """Two tiles in each direction, none of them whole, and K beyond one step; a vector has one row."""
+    m = 1 if isinstance(template, WeightVector) else min(config.block_m + 3, 16) if isinstance(template, WeightSplit) else config.block_m + 3
+    k = config.block_k + (8 if isinstance(template, WeightTiled) else 128) if hasattr(config, "block_k") else 4 * config.block_words + 16
+    group = 64 if isinstance(template, WeightSplit) else 32
+    case = WeightCase(name, m, config.block_n + 5, k, groups=k // group + 1, group_size=group, bias=torch.bfloat16, device=device)
+    with only(name, template, config):
+        compiled = case.compiled("triton", {"out_dtype": torch.bfloat16})
+    assert compiled.has(f"BLOCK_N : tl.constexpr = {config.block_n}\n")
+    assert compiled.has(f"num_warps={config.num_warps}")
+    check_float(compiled.output, case.want())
+
+
+@pytest.mark.parametrize("gpu", DEVICES)
+@pytest.mark.parametrize("m", [1, 4, 16, 64, 1000])
+@pytest.mark.parametrize("name", NAMES)
+def test_candidates_are_legal_and_few(gpu: str, m: int, name: str) -> None:
+    """Some for every number of rows, on every GPU; a vector for one row alone, splits for few."""
+    group = () if name == "weight_int8_mm" else (64,)
+    problem = Problem(m, 4096, 4096, 4096, tma=True, one_row=m == 1, groups=group, a_bytes=1 if name.startswith("int8") else 2)
+    tail = Tail(bias=COLUMN)
+    found = {type(each): each.candidates(problem, DEVICES[gpu], tail, thorough=False) for each in LOWERINGS[name].templates}
+    assert found[WeightTiled]
+    assert bool(found[WeightSplit]) is (m <= 16) or DEVICES[gpu].shared_memory < 2**17
+    assert m <= 16 or not found[WeightSplit]
+    assert bool(found.get(WeightVector)) is (m == 1 and not name.startswith("int8"))
+    assert sum(map(len, found.values())) <= 10
+    for each in LOWERINGS[name].templates:
+        assert all(each.is_legal(config, problem, DEVICES[gpu], tail) for config in found[type(each)])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6, 8, 12, 16, 100, 4093, 4096])
+@pytest.mark.parametrize("block_size", [None, 32, 128])
+def test_some_config_is_legal_for_every_length_of_rows(k: int, block_size: int | None) -> None:
+    (tiled, *_) = LOWERINGS["weight_int8_mm"].templates
+    for device in DEVICES.values():
+        for a_bytes in (2, 4):
+            problem = Problem(64, 256, k, k, tma=False, a_bytes=a_bytes)
+            assert tiled.candidates(problem, device, Tail(bias=COLUMN, block_size=block_size), thorough=True)
+
+
+def test_where_the_weight_is_expanded() -> None:
+    """Float activations of many rows, and of float32; never where the kernel takes int8 activations."""
+
+    def problem(m: int, a_bytes: int) -> Problem:
+        return Problem(m, 4096, 4096, None, tma=False, a_bytes=a_bytes)
+
+    for name in NAMES[:3]:
+        expands = LOWERINGS[name].expands
+        assert [expands(problem(m, 2)) for m in (1, EXPANDED_ROWS - 1, EXPANDED_ROWS, 8192)] == [False, False, True, True]
+        assert expands(problem(1, 4))
+        assert LOWERINGS[name].eager_kernel(problem(8192, 2)) == "aten.mm, the weight expanded to 33554432 bytes"
+    assert not any(LOWERINGS[name].expands(problem(8192, 1)) for name in NAMES[3:])
+
+
+def test_many_rows_in_bfloat16_are_multiplied_with_the_expanded_weight() -> None:
+    case = WeightCase("weight_int8_mm", EXPANDED_ROWS, 40, 64, bias=torch.float32, activation="relu")
+    product = torch.ops.int8_inductor.weight_int8_mm.default
+    given = case.operands()
+    compiled = run(lambda a: product(**(given | {"a": a}), activation="relu"), given["a"])
+    assert not any(name.startswith("triton_tem_") for name in compiled.kernels)
+    check_float(compiled.output, case.want())
