@@ -49,8 +49,8 @@ class Weight:
 
 
 _GROUP_SCALES = {
-    "B_SCALE": 'partial *= tl.load(B_SCALE + rbn * {{stride("B_SCALE", 0)}} + group * {{stride("B_SCALE", 1)}}{{INSIDE}})[:, None]',
-    "A_SCALE": 'partial *= tl.load(A_SCALE + ram * {{stride("A_SCALE", 0)}} + group * {{stride("A_SCALE", 1)}}{{INSIDE}})[None, :]',
+    "B_SCALE": 'partial *= tl.load(B_SCALE + rbn * {{stride("B_SCALE", 0)}} + group * {{stride("B_SCALE", 1)}}{{INSIDE_ROW}})[:, None]',
+    "A_SCALE": 'partial *= tl.load(A_SCALE + ram * {{stride("A_SCALE", 0)}} + group * {{stride("A_SCALE", 1)}}{{INSIDE_ROW}})[None, :]',
 }
 
 # bfloat16 of an int8 v: the byte in the mantissa of 128 is 128 + (v & 127); what is too much, 128 or, for a negative v, 256, has v's sign bit in the

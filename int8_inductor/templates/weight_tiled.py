@@ -97,13 +97,15 @@ _ROWS = """
 """
 
 _GROUPS = """
-{{% set INSIDE = "" if EVEN_STEPS else ", mask=group < K // BLOCK_K, other=0" %}}
+{{% set INSIDE = "" if EVEN_STEPS else ", mask=inside[None, :], other=0" %}}
+{{% set INSIDE_ROW = "" if EVEN_STEPS else ", mask=inside, other=0" %}}
     rb = tl.arange(0, BLOCK_K // {values_a_byte}).to(INDEX_DTYPE)
     b_tile = B + rbn[:, None] * {{{{stride("B", 0)}}}} + rb[None, :] * {{{{stride("B", 1)}}}}
 {pointers}
     for first in range(0, K // BLOCK_K, STEPS):
         for step in tl.static_range(STEPS):
             group = first + step
+            inside = group + tl.zeros((1,), dtype=tl.int32) < K // BLOCK_K
             b = tl.load(b_tile + group * (BLOCK_K // {values_a_byte}) * {{{{stride("B", 1)}}}}{{{{INSIDE}}}})
 {product}
 {scales}
