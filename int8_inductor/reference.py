@@ -10,7 +10,10 @@ Everything compiled is held against what stands here. Three properties of the de
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -82,6 +85,35 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double().t()).to(torch.int32)
 
 
+def small_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """The same for K of at most 1024, where float32 holds every partial sum: |sum| <= 2^24."""
+    return (a.float() @ b.float().t()).to(torch.int32)
+
+
+def block_scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    block_size: int,
+    bias: Tensor | None = None,
+    int_mm: Callable[[Tensor, Tensor], Tensor] = small_int_mm,
+) -> Tensor:
+    """a [M, K] times b [N, K] transposed, both int8 in blocks, as float32 [M, N]: an exact int32 product for each K block, scaled, summed up in float32.
+
+    a_scale: [M, ceil(K / B)], of blocks of 1 x B. b_scale: [ceil(N / B), ceil(K / B)], of blocks of B x B. bias: [N]. The two scales of a block are
+    multiplied first: where the product is below 2^-126 it loses precision. After DeepSeek-V3 (arXiv 2412.19437, section 3.3) and Jetfire (2403.12422).
+    """
+    y = None
+    for block in range(a_scale.shape[1]):
+        k = slice(block * block_size, (block + 1) * block_size)
+        scale = a_scale[:, block, None] * expand_blocks(b_scale[:, block], b.shape[:1], (block_size,))
+        term = int_mm(a[:, k], b[:, k]).float() * scale
+        y = term if y is None else y + term
+    assert y is not None
+    return y if bias is None else y + bias.float()
+
+
 def scale_accumulator(
     acc: Tensor,
     a: Tensor,
@@ -113,10 +145,68 @@ def scale_accumulator(
     return y if bias is None else y + bias.float()
 
 
-def quantize_blocks(y: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """float32 [M, N] -> int8 [M, N] and float32 scales [M, N / block_size], symmetric, one scale per row and block of columns."""
-    m, n = y.shape
-    blocks = y.reshape(m, n // block_size, block_size)
-    scale = choose_scale_symmetric(blocks, [-1])
+def in_blocks(x: Tensor, block_size: Sequence[int]) -> Tensor:
+    """[..., R, C] as [..., ceil(R / r), r, ceil(C / c), c] for block_size (r, c), one dimension for each size given; a size of 1 adds no dimension.
+
+    What a last block lacks is filled with zeros.
+    """
+    for dim, block in enumerate(block_size, -len(block_size)):
+        if block == 1:
+            continue
+        lacking = -x.shape[dim] % block
+        if not statically_known_true(lacking == 0):
+            x = F.pad(x, [0, 0] * (-dim - 1) + [0, lacking])
+        x = x.unflatten(dim, (-1, block))
+    return x
+
+
+def expand_blocks(scale: Tensor, sizes: Sequence[int], block_size: Sequence[int]) -> Tensor:
+    """Scales [..., ceil(R / r), ceil(C / c)] as [..., R, C], for sizes (R, C) and block_size (r, c): each repeated over its block."""
+    for dim, (size, block) in enumerate(zip(sizes, block_size, strict=True), -len(sizes)):
+        if block > 1:
+            wide = scale.unsqueeze(dim)
+            repeated = wide.expand(*wide.shape[:dim], block, *wide.shape[wide.ndim + dim + 1 :])
+            scale = repeated.flatten(dim - 1, dim).narrow(dim, 0, size)
+    return scale
+
+
+def choose_scale_blocks(blocks: Tensor, dims: list[int]) -> Tensor:
+    """Scale of symmetric quantization of blocks: as choose_scale_symmetric, but 0 for a block of zeros."""
+    amax = blocks.float().abs().amax(dims, keepdim=True)
+    scale = torch.clamp(amax / INT8_MAX, min=SMALLEST_SCALE)
+    return torch.where((amax > 0) & (amax < float("inf")), scale, amax * 0.0)
+
+
+def quantize_blocks(x: Tensor, block_size: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 of float x [..., R, C] and float32 scales [..., ceil(R / r), ceil(C / c)], one for each block of block_size (r, c).
+
+    block_size: an int is for blocks of that many columns. The last blocks may be short. A block of zeros has the scale 0 and comes back as zeros.
+    """
+    sizes = _sizes(block_size)
+    blocks, dims = in_blocks(x, sizes), _block_dims(sizes)
+    scale = choose_scale_blocks(blocks, dims)
     q = quantize(blocks, scale, None, SYMMETRIC_MIN, INT8_MAX)
-    return q.reshape(m, n), scale.reshape(m, n // block_size)
+    for dim in range(-1, -len(sizes) - 1, -1):
+        if sizes[dim] > 1:
+            q = q.flatten(dim - 1, dim).narrow(dim, 0, x.shape[dim])
+    return q, scale.squeeze(dims)
+
+
+def _sizes(block_size: int | Sequence[int]) -> tuple[int, ...]:
+    return (block_size,) if isinstance(block_size, int) else tuple(block_size)
+
+
+def _block_dims(sizes: tuple[int, ...]) -> list[int]:
+    """Which dimensions of in_blocks' result run within a block."""
+    dims, dim = [], -1
+    for block in reversed(sizes):
+        if block > 1:
+            dims.append(dim)
+        dim -= 1 if block == 1 else 2
+    return dims
+
+
+def dequantize_blocks(q: Tensor, scale: Tensor, block_size: int | Sequence[int]) -> Tensor:
+    """int8 q [..., R, C] times its scales, as quantize_blocks makes them, in float32."""
+    sizes = _sizes(block_size)
+    return dequantize(q, expand_blocks(scale, q.shape[q.ndim - len(sizes) :], sizes))

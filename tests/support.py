@@ -140,6 +140,11 @@ def linear64(
     p = acc * _column(a_scale) * _row(b_scale)
     x = p + _row(bias)
     error = 3.01 * U * p.abs() + 1.01 * U * x.abs() + SUBNORMAL * (1 + _row(b_scale))
+    return after_bias(x, error, activation, narrow)
+
+
+def after_bias(x: Tensor, error: Tensor, activation: str, narrow: bool) -> Bounded:
+    """An activation of x, which float32 knows to within `error`."""
     if activation == "none":
         return Bounded(x, error)
     y = EPILOGUES[activation].eager(x)
@@ -147,6 +152,36 @@ def linear64(
     if narrow and EPILOGUES[activation].triton_fast:
         error = error + (1.3e-4 * y.abs()).clamp(max=1.6e-5) + 2.5e-8 * ((y.abs() < 1e-6) & (x < -1))
     return Bounded(y, error)
+
+
+def block_linear64(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    size: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    narrow: bool = False,
+) -> Bounded:
+    """block_scaled_mm's float result from the same int8 values, in blocks of `size`.
+
+    Each block's term has an error of 3 U (the scales' product, the term; its conversion is exact) and each of the sums one of U, of at most the sum
+    of the terms' magnitudes. A subnormal product of scales has an absolute error, which the int product multiplies.
+    """
+    (m, k), n = a.shape, len(b)
+    blocks = -(-k // size)
+    starts = [slice(i * size, (i + 1) * size) for i in range(blocks)]
+    x, size_of_terms, subnormal = torch.zeros(m, n, dtype=torch.float64), torch.zeros(m, n, dtype=torch.float64), torch.zeros(m, n, dtype=torch.float64)
+    for block, part in enumerate(starts):
+        dot = a[:, part].double() @ b[:, part].double().t()
+        scale = a_scale[:, block, None].double() * b_scale[:, block].double().repeat_interleave(size)[None, :n]
+        x += dot * scale
+        size_of_terms += (dot * scale).abs()
+        subnormal += dot.abs() + 1
+    x = x + _row(bias)
+    error = (blocks + 3) * U * size_of_terms + 1.01 * U * x.abs() + SUBNORMAL * subnormal
+    return after_bias(x, error, activation, narrow)
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
