@@ -9,6 +9,7 @@ check_torch_version()
 from . import config, ops  # noqa: E402
 from . import lowering as lowering  # noqa: E402 - registers the lowerings
 from .backend import install_in_stock_inductor  # noqa: E402
+from .block_linear import Int8BlockLinear  # noqa: E402
 from .calibrate import calibrate  # noqa: E402
 from .experts import lowering as _experts_lowering  # noqa: E402, F401 - registers the lowerings
 from .experts.module import QuantizedExperts  # noqa: E402
@@ -18,7 +19,7 @@ from .experts.quantize import (  # noqa: E402
     Int8DynamicActivationInt8ExpertsConfig,
 )
 from .explain import LeftBehindError, Report, explain  # noqa: E402
-from .granularity import MappingType, PerGroup, PerRow, PerTensor  # noqa: E402
+from .granularity import MappingType, PerBlock, PerGroup, PerRow, PerTensor  # noqa: E402
 from .kernels import KernelPreference, KernelPreferenceError  # noqa: E402
 from .linear import Int8Linear  # noqa: E402
 from .observers import MinMaxObserver, MSEObserver, Observer, PercentileObserver  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "Int8DynamicActivationInt4WeightConfig",
     "Int8DynamicActivationInt8ExpertsConfig",
     "Int8DynamicActivationInt8WeightConfig",
+    "Int8BlockLinear",
     "Int8Linear",
     "Int8StaticActivationInt8WeightConfig",
     "Int8WeightOnlyConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "MappingType",
     "MinMaxObserver",
     "Observer",
+    "PerBlock",
     "PerGroup",
     "PerRow",
     "PerTensor",

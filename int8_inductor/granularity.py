@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,10 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import reference
 
-__all__ = ["Granularity", "MappingType", "PerGroup", "PerRow", "PerTensor"]
+__all__ = ["Granularity", "MappingType", "PerBlock", "PerGroup", "PerRow", "PerTensor"]
+
+SQUARE_BLOCKS = (32, 64, 128)
+"""Sizes B of the blocks that kernels multiply: 1 x B of activations, B x B of weights."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,25 @@ class PerGroup(Granularity):
         raise TypeError(f"{self!r} has no dimensions that share a scale: they are parts of the last one")
 
 
+@dataclass(frozen=True, init=False, repr=False)
+class PerBlock(Granularity):
+    """One scale for each block: PerBlock(1, 128) for 128 values of a row (an activation [..., K]), PerBlock(128, 128) for a square (a weight [N, K]).
+
+    The sizes may come as a sequence too, as torchao takes them. The last block of a dimension may be short.
+    """
+
+    block_size: tuple[int, ...]
+
+    def __init__(self, *block_size: int | Sequence[int]) -> None:
+        sizes: tuple[object, ...] = tuple(block_size[0]) if len(block_size) == 1 and isinstance(block_size[0], Sequence) else block_size
+        if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+            raise ValueError(f"block_size must be positive integers, as in PerBlock(1, 128), got {block_size!r}")
+        object.__setattr__(self, "block_size", sizes)
+
+    def __repr__(self) -> str:
+        return f"PerBlock({', '.join(map(str, self.block_size))})"
+
+
 class MappingType(enum.Enum):
     """SYMMETRIC: real = int8 * scale. ASYMMETRIC: real = (int8 - zero_point) * scale."""
 
@@ -81,19 +104,37 @@ def normalize_granularity(value: GranularityArgument) -> tuple[Granularity, Gran
     return pair[0], pair[1]
 
 
+def has_blocks(value: object) -> bool:
+    """Whether a granularity, or one of a pair, is PerBlock."""
+    return any(isinstance(each, PerBlock) for each in (value if isinstance(value, (tuple, list)) else (value,)))
+
+
+def square_block(value: object) -> int:
+    """B of a granularity (PerBlock(1, B), PerBlock(B, B)); TypeError or ValueError for anything else."""
+    sizes = ", ".join(map(str, SQUARE_BLOCKS))
+    wanted = f"granularity in blocks must be a pair (activation, weight) of (PerBlock(1, B), PerBlock(B, B)) with a B from {sizes}"
+    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(each, PerBlock) for each in pair):
+        raise TypeError(f"{wanted}, got {value!r}")
+    size = pair[1].block_size[-1]
+    if size not in SQUARE_BLOCKS or pair != (PerBlock(1, size), PerBlock(size, size)):
+        raise ValueError(f"{wanted}, got {value!r}")
+    return int(size)
+
+
 def check_mapping_type(value: object) -> None:
     """TypeError unless `value` is a MappingType."""
     if not isinstance(value, MappingType):
         raise TypeError(f"act_mapping_type must be MappingType.SYMMETRIC or MappingType.ASYMMETRIC, got {value!r}")
 
 
-def check_scale(name: str, scale: Tensor) -> None:
-    """Raise unless `scale` is float32, finite and positive throughout. Reads the values; a meta tensor has none and passes."""
+def check_scale(name: str, scale: Tensor, *, zeros: bool = False) -> None:
+    """Raise unless `scale` is float32, finite and positive (`zeros`: or 0) throughout. Reads the values; a meta tensor has none and passes."""
     if scale.dtype != torch.float32:
         raise TypeError(f"{name} must be torch.float32, got {scale.dtype}")
     if scale.is_meta:
         return
-    bad = ~(torch.isfinite(scale) & (scale > 0))
+    bad = ~(torch.isfinite(scale) & ((scale >= 0) if zeros else (scale > 0)))
     if bool(bad.any()):
         value = scale[bad].flatten()[0].item()
-        raise ValueError(f"{name} must be finite and positive, got {value} in {int(bad.sum())} of {scale.numel()} places")
+        raise ValueError(f"{name} must be finite and {'not negative' if zeros else 'positive'}, got {value} in {int(bad.sum())} of {scale.numel()} places")

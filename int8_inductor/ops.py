@@ -1,7 +1,7 @@
 """The operators in `torch.ops.int8_inductor`: two for each of PRODUCTS, made here of its schema, checks and eager definition.
 
 Both compute y = activation(product + bias) in float32. `<name>` (scaled_mm, say) stores y as a float dtype or, given `out_scale`, as int8;
-`<name>_block_quant` stores y as int8 with scales of its own, one per row and block of columns. `torch.compile` lowers them (lowering.py).
+`<name>_block_quant` stores y as int8 with scales of its own, one per row and block of columns (the last may be short). `torch.compile` lowers them (lowering.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import reference
 from .epilogues import EPILOGUES
 from .products import PRODUCTS, Product
 from .products.scaled_mm import SCALED_MM, ZERO_POINT_DTYPES
-from .products.types import agree, check_vector
+from .products.types import check_vector
 
 __all__ = ["KERNEL_PREFERENCES", "OPERATORS", "STORING", "define", "scaled_mm", "scaled_mm_block_quant"]
 
@@ -76,12 +76,10 @@ def _check_store(product: Product, m: Any, given: Mapping[str, Any]) -> None:
     check_vector(name, "out_zero_point", out_zero_point, m, column=True, dtypes=ZERO_POINT_DTYPES, device=device)
 
 
-def _check_block_size(product: Product, n: Any, block_size: int) -> None:
+def _check_block_size(product: Product, block_size: int) -> None:
     name = f"{product.name}_block_quant"
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"{name}: block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
-    if not agree(name, n % block_size, 0):
-        raise ValueError(f"{name}: N must be a multiple of block_size {block_size}, got {n}")
 
 
 def linear_eager(y: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -136,7 +134,7 @@ def _define_block_quant(product: Product) -> None:
     def checked(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
         given = bound(product.block_quant, args, kwargs)
         m, n = _check(product, given)
-        _check_block_size(product, n, given["block_size"])
+        _check_block_size(product, given["block_size"])
         return given, m, n
 
     def eager(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -147,7 +145,7 @@ def _define_block_quant(product: Product) -> None:
     def fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         given, m, n = checked(args, kwargs)
         a: Tensor = given["a"]
-        return a.new_empty((m, n), dtype=torch.int8), a.new_empty((m, n // given["block_size"]), dtype=torch.float32)
+        return a.new_empty((m, n), dtype=torch.int8), a.new_empty((m, -(-n // given["block_size"])), dtype=torch.float32)
 
     define_operator(f"{product.name}_block_quant", f"({product.operands}, {_EPILOGUE}, int block_size=128) -> (Tensor, Tensor)", eager, fake)
 

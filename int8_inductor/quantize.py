@@ -9,7 +9,19 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .granularity import Granularity, GranularityArgument, MappingType, PerRow, PerTensor, check_mapping_type, normalize_granularity
+from .block_linear import Int8BlockLinear
+from .granularity import (
+    Granularity,
+    GranularityArgument,
+    MappingType,
+    PerBlock,
+    PerRow,
+    PerTensor,
+    check_mapping_type,
+    has_blocks,
+    normalize_granularity,
+    square_block,
+)
 from .linear import Int8Linear
 from .quantized_linear import QuantizedLinear
 from .weight_linear import Int4Linear, Int8WeightOnlyLinear, check_group_size, check_int4_activation, check_weight_granularity
@@ -46,18 +58,26 @@ class Int8Config:
 class Int8DynamicActivationInt8WeightConfig(Int8Config):
     """W8A8 with activation scales chosen from each input at run time.
 
-    granularity: PerRow(), PerTensor(), or a pair (activation, weight).
-    act_mapping_type: SYMMETRIC, or ASYMMETRIC with a zero point for the activation; weights are symmetric.
+    granularity: PerRow(), PerTensor(), or a pair (activation, weight). Or (PerBlock(1, B), PerBlock(B, B)), B of 32, 64 or 128: both in blocks.
+    act_mapping_type: SYMMETRIC, or ASYMMETRIC with a zero point for the activation; weights are symmetric, and so is everything in blocks.
     """
 
     granularity: GranularityArgument = field(default_factory=PerRow)
     act_mapping_type: MappingType = MappingType.SYMMETRIC
 
     def __post_init__(self) -> None:
-        normalize_granularity(self.granularity)
         check_mapping_type(self.act_mapping_type)
+        if not has_blocks(self.granularity):
+            normalize_granularity(self.granularity)
+            return
+        square_block(self.granularity)
+        if self.act_mapping_type is not MappingType.SYMMETRIC:
+            raise ValueError(f"act_mapping_type must be MappingType.SYMMETRIC with a granularity in blocks, got {self.act_mapping_type}")
 
     def convert(self, linear: nn.Linear) -> nn.Module:
+        if has_blocks(self.granularity):
+            size = square_block(self.granularity)
+            return Int8BlockLinear.from_linear(linear, granularity=(PerBlock(1, size), PerBlock(size, size)))
         pair = normalize_granularity(self.granularity)
         return Int8Linear.from_linear(linear, granularity=pair, act_mapping_type=self.act_mapping_type)
 

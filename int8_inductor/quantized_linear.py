@@ -24,6 +24,8 @@ class QuantizedModule(nn.Module):
     """Integer buffers, weights first, and the dtype that each has in a state dict."""
     SCALES: ClassVar[tuple[str, ...]]
     """float32 buffers; one that a module lacks is None."""
+    ZERO_SCALES: ClassVar[bool] = False
+    """Whether one of them may be 0."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # Module.to(dtype) casts every floating-point buffer. Scales pass through it as int32 bits: they move, and keep their precision.
@@ -50,7 +52,7 @@ class QuantizedModule(nn.Module):
                 raise TypeError(f"{prefix}{name} must be {dtype}, got {ints.dtype}")
         for name in self._scale_names():
             if (scale := state_dict.get(prefix + name)) is not None and not self._is_unset(name, scale):
-                check_scale(prefix + name, scale)
+                check_scale(prefix + name, scale, zeros=self.ZERO_SCALES and name in self.SCALES)
         self._before_load(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

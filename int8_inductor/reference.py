@@ -95,23 +95,23 @@ def block_scaled_mm(
     b: Tensor,
     a_scale: Tensor,
     b_scale: Tensor,
-    block_size: int,
-    bias: Tensor | None = None,
+    scale_block: int = 128,
+    *,
     int_mm: Callable[[Tensor, Tensor], Tensor] = small_int_mm,
 ) -> Tensor:
     """a [M, K] times b [N, K] transposed, both int8 in blocks, as float32 [M, N]: an exact int32 product for each K block, scaled, summed up in float32.
 
-    a_scale: [M, ceil(K / B)], of blocks of 1 x B. b_scale: [ceil(N / B), ceil(K / B)], of blocks of B x B. bias: [N]. The two scales of a block are
-    multiplied first: where the product is below 2^-126 it loses precision. After DeepSeek-V3 (arXiv 2412.19437, section 3.3) and Jetfire (2403.12422).
+    a_scale: [M, ceil(K / B)], of blocks of 1 x B. b_scale: [ceil(N / B), ceil(K / B)], of blocks of B x B. B is scale_block. The two scales of a block
+    are multiplied first: where the product is below 2^-126 it loses precision. After DeepSeek-V3 (arXiv 2412.19437, section 3.3) and Jetfire (2403.12422).
     """
     y = None
     for block in range(a_scale.shape[1]):
-        k = slice(block * block_size, (block + 1) * block_size)
-        scale = a_scale[:, block, None] * expand_blocks(b_scale[:, block], b.shape[:1], (block_size,))
+        k = slice(block * scale_block, (block + 1) * scale_block)
+        scale = a_scale[:, block, None] * expand_blocks(b_scale[:, block], b.shape[:1], (scale_block,))
         term = int_mm(a[:, k], b[:, k]).float() * scale
         y = term if y is None else y + term
     assert y is not None
-    return y if bias is None else y + bias.float()
+    return y
 
 
 def scale_accumulator(

@@ -201,11 +201,11 @@ class Ledger:
 
 
 def _ends(node: Node) -> list[Node]:
-    """The nodes in which uses of `node`, through transparent ops, end."""
+    """The nodes in which uses of `node`, through transparent ops and slices, end."""
     pending, ends = list(node.users), []
     while pending:
         user = pending.pop(0)
-        if keeps_last(user) is None:
+        if keeps_last(user) is None and user.target is not aten.slice.Tensor:
             ends.append(user)
         else:
             pending.extend(user.users)

@@ -108,13 +108,13 @@ def weight_factors(dequant: Dequant, path: Path) -> tuple[Factor, Factor | None,
     return scale, zero_point, transposed
 
 
-def check_sizes(a: Node, b: Node, limit: int) -> None:
-    """Declined where a product of a [..., K] and b [K, N] is empty, or K is unknown or beyond `limit`, where int32 could overflow."""
+def check_sizes(a: Node, b: Node, limit: int | None) -> None:
+    """Declined where a product of a [..., K] and b [K, N] is empty, or K is unknown or beyond `limit`, where int32 could overflow (None: never)."""
     *rows, k = val(a).shape
     for name, sizes in (("M", rows), ("N", val(b).shape[-1:]), ("K", [k])):
         if any(same(size, 0) for size in sizes):
             raise Declined(f"{name} is 0")
     if not isinstance(k, int):
         raise Declined("K is symbolic")
-    if k > limit:
+    if limit is not None and k > limit:
         raise Declined(f"K is {k}: beyond {limit} int32 could overflow")

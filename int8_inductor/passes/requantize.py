@@ -1,7 +1,7 @@
 """product -> quant, folded into the operator.
 
     quantize(view(cast(scaled_mm(...))), scale)              ->  view(scaled_mm(..., out_scale=scale))               int8 out
-    quantize of [M, N / 128, 128] blocks by their own amax    ->  scaled_mm_block_quant(..., block_size=128)          int8 and scales
+    quantize of [..., N / 128, 128] blocks by their own amax  ->  scaled_mm_block_quant(..., block_size=128)          int8 and scales
 
 The first needs a scale that is there before the product is: static, per tensor or per row. Folded away too: the float value between two linears, so
 that a chain of them stays int8.
@@ -18,10 +18,10 @@ from torch._inductor.pattern_matcher import Match, PatternExpr
 from torch.fx import Graph, Node
 
 from .. import ops, reference
-from .base import Declined, Path, arguments_of, aten, getitem, make, same, shared, val, walk_back
+from .base import VIEWS, Declined, Path, argument, arguments_of, aten, getitem, is_float_cast, make, same, same_shape, shared, val, walk_back
 from .context import current
 from .dialects import Quant, find_quant
-from .epilogue import is_nan, refold, trace_pattern
+from .epilogue import refold, trace_pattern
 from .operands import Factor, read_factor
 
 __all__ = ["fold_quants"]
@@ -47,13 +47,12 @@ def _fold(quant: Quant) -> None:
         raise Declined(quant.problem)
     if quant.quant_max != reference.INT8_MAX or quant.quant_min not in (reference.INT8_MIN, reference.SYMMETRIC_MIN):
         raise Declined(f"it clamps to [{quant.quant_min:g}, {quant.quant_max:g}], not to int8's range")
+    if (blocks := _match_blocks(quant)) is not None:
+        _fold_blocks(quant, blocks)
+        return
     product, path = walk_back(quant.x)
     if product.target not in ops.STORING:
         raise Declined("no linear comes right before it")
-    blocks = _match_blocks(quant, product, path)
-    if blocks is not None:
-        _fold_blocks(quant, product, blocks)
-        return
     for name, value in (("scale", quant.scale), ("zero point", quant.zero_point)):
         if isinstance(value, Node) and _depends_on(value, product):
             raise Declined(f"its {name} is computed from the value that it quantizes")
@@ -101,47 +100,80 @@ def _depends_on(node: Node, on: Node) -> bool:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """A scale that is each block's own amax: its root, and how many columns a block has."""
+    """The quantization of the rows of y in blocks: the scale's root, what fills the last block up, and the sizes [..., N / size, size] of a view."""
 
     scale: Node
-    size: int
+    y: Node
+    padding: int
+    sizes: list[Any]
+
+    @property
+    def size(self) -> int:
+        """How many columns a block has."""
+        return int(self.sizes[-1])
 
 
 @functools.cache
 def _block_scale_pattern() -> PatternExpr:
-    return trace_pattern(lambda x: reference.choose_scale_symmetric(x, [-1]), 4, 2, 128)
+    return trace_pattern(lambda x: reference.choose_scale_blocks(x, [-1]), 4, 2, 128)
 
 
-def _match_blocks(quant: Quant, product: Node, path: Path) -> _Blocks | None:
+def _match_blocks(quant: Quant) -> _Blocks | None:
     """The dynamic per-row-block quantization of reference.quantize_blocks, or None."""
     shape = val(quant.x).shape
-    if not isinstance(quant.scale, Node) or len(shape) != 3 or quant.zero_point is not None or quant.inverse:
+    if not isinstance(quant.scale, Node) or len(shape) < 2 or quant.zero_point is not None or quant.inverse or not isinstance(shape[-1], int):
         return None
     match = _block_scale_pattern().match(quant.scale)
-    if not isinstance(match, Match) or match.kwargs["x"] is not quant.x or not is_nan(match.kwargs["nan"]):
+    if not isinstance(match, Match) or match.kwargs["x"] is not quant.x:
         return None
-    return _Blocks(quant.scale, int(shape[-1])) if isinstance(shape[-1], int) else None
+    # Back over casts to the view that makes the blocks, and over what fills the last of them up with zeros.
+    view = quant.x
+    while is_float_cast(view):
+        view = view.args[0]  # type: ignore[assignment]
+    if view.target not in VIEWS:
+        return None
+    y: Any = view.args[0]
+    padding = 0
+    if y.target is aten.constant_pad_nd.default and list(argument(y, "pad"))[:1] == [0] and len(argument(y, "pad")) == 2 and argument(y, "value") == 0:
+        y, padding = y.args[0], argument(y, "pad")[1]
+    if not (isinstance(padding, int) and same(shape[-2] * shape[-1], val(y).shape[-1] + padding)):
+        return None
+    return _Blocks(quant.scale, y, padding, list(view.args[1]))
 
 
-def _fold_blocks(quant: Quant, product: Node, blocks: _Blocks) -> None:
-    (m, n), shape = val(product).shape, val(quant.x).shape
+def _fold_blocks(quant: Quant, blocks: _Blocks) -> None:
+    product, path = walk_back(blocks.y)
+    if product.target not in ops.STORING:
+        raise Declined("no linear comes right before it")
     if blocks.size not in ops.BLOCK_SIZES:
         raise Declined(f"it quantizes blocks of {blocks.size} columns, not of {', '.join(map(str, ops.BLOCK_SIZES))}")
-    if not (same(shape[0], m) and same(shape[1] * shape[2], n)) or quant.quant_min != reference.SYMMETRIC_MIN:
+    if not path.keeps_last or blocks.padding >= blocks.size or quant.quant_min != reference.SYMMETRIC_MIN:
         raise Declined("its blocks are not blocks of the linear's columns")
-    _, path = walk_back(quant.x)
-    if shared(product, path) is not None or arguments_of(product)["out_scale"] is not None:
+    if shared(product, path) is not None or not _only_for(blocks.y, {quant.node, blocks.scale}):
         raise Declined("the float value has another user")
-    if not _only_for(quant.x, {quant.node, blocks.scale}):
-        raise Declined("the float value has another user")
+    if arguments_of(product)["out_scale"] is not None:
+        raise Declined("the linear stores int8 already")
     graph = quant.node.graph
     with graph.inserting_before(blocks.scale):
         both = refold(blocks.scale, product, path, ops.STORING[product.target].block_quant, block_size=blocks.size)
-        q, scale = getitem(graph, both, 0), getitem(graph, both, 1)
-        q_blocks = path.replay(graph, q)
-        scale_blocks = make(graph, blocks.scale, aten.unsqueeze.default, scale, -1)
-    quant.node.replace_all_uses_with(q_blocks)
+        q = path.replay(graph, getitem(graph, both, 0))
+        scales = path.replay(graph, getitem(graph, both, 1), width=blocks.sizes[-2])
+        scale_blocks = make(graph, blocks.scale, aten.reshape.default, scales, [*blocks.sizes[:-1], 1])
+    _replace_values(quant.node, q, blocks)
     blocks.scale.replace_all_uses_with(scale_blocks)
+
+
+def _replace_values(values: Node, q: Node, blocks: _Blocks) -> None:
+    """Let q [..., N] stand for int8 `values` [..., N / size, size]; where they are cut to N columns again, without the detour over a full last block."""
+    graph = values.graph
+    for whole in list(values.users):
+        for cut in list(whole.users):
+            if whole.target in VIEWS and cut.target is aten.slice.Tensor and same_shape(val(cut).shape, val(q).shape):
+                with graph.inserting_before(cut):
+                    cut.replace_all_uses_with(q)
+    with graph.inserting_before(values):
+        filled = make(graph, values, aten.constant_pad_nd.default, q, [0, blocks.padding]) if blocks.padding else q
+        values.replace_all_uses_with(make(graph, values, aten.reshape.default, filled, blocks.sizes))
 
 
 def _only_for(value: Node, ends: set[Node]) -> bool:

@@ -4,10 +4,12 @@ A template is a module with CONFIGS; `is_legal(config, problem, device, tail)`; 
 timing; `constants(config, problem, device, tail)`, a config as launch constants; and `template(tail)`, the TritonTemplate.
 """
 
-from . import scaled_mm, weight_only
+from . import block_scaled_mm, scaled_mm, weight_only
 from .types import Lowering
 
 __all__ = ["LOWERINGS", "Lowering"]
 
-LOWERINGS: dict[str, Lowering] = {each.product.name: each for each in (scaled_mm.LOWERING, *weight_only.LOWERINGS)}
+LOWERINGS: dict[str, Lowering] = {
+    each.product.name: each for each in (scaled_mm.LOWERING, block_scaled_mm.LOWERING, *weight_only.LOWERINGS)
+}
 """By the product's name."""

@@ -180,15 +180,19 @@ class Tail:
         size = self.block_size
         tiny = repr(reference.SMALLEST_SCALE)
         return [
+            f"if N % {size} != 0:",
+            "    y = tl.where((rn < N)[None, :], y, 0.0)",  # what lies past the edge has no part in the last block's scale
             f"blocks = tl.reshape(tl.abs(y), (BLOCK_M, BLOCK_N // {size}, {size}))",
             # tl.max may drop a NaN; a block that holds anything not finite has no scale.
             'finite = tl.min((blocks < float("inf")).to(tl.int32), axis=2) == 1',
-            f"scale = tl.maximum(tl.max(blocks, axis=2) / {float(reference.INT8_MAX)}, {tiny})",
+            "largest = tl.max(blocks, axis=2)",
+            f"scale = tl.where(largest > 0.0, tl.maximum(largest / {float(reference.INT8_MAX)}, {tiny}), 0.0)",
             'scale = tl.where(finite, scale, float("nan"))',
             f"rb = pid_n * (BLOCK_N // {size}) + tl.arange(0, BLOCK_N // {size})",
-            f"scale_mask = (rm[:, None] < M) & (rb[None, :] < N // {size})",
-            f"tl.store(BLOCK_SCALES + rm[:, None] * (N // {size}) + rb[None, :], scale, mask=scale_mask)",
-            f"inverse = tl.broadcast_to((1.0 / scale)[:, :, None], (BLOCK_M, BLOCK_N // {size}, {size}))",
+            f"scale_mask = (rm[:, None] < M) & (rb[None, :] < tl.cdiv(N, {size}))",
+            f"tl.store(BLOCK_SCALES + rm[:, None] * tl.cdiv(N, {size}) + rb[None, :], scale, mask=scale_mask)",
+            "inverse = 1.0 / tl.where(scale == 0.0, 1.0, scale)",
+            f"inverse = tl.broadcast_to(inverse[:, :, None], (BLOCK_M, BLOCK_N // {size}, {size}))",
             "t = y * tl.reshape(inverse, (BLOCK_M, BLOCK_N))",
             *self._round_lines(),
         ]
