@@ -10,7 +10,7 @@ Everything compiled is held against what stands here. Three properties of the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +96,6 @@ def block_scaled_mm(
     a_scale: Tensor,
     b_scale: Tensor,
     scale_block: int = 128,
-    *,
-    int_mm: Callable[[Tensor, Tensor], Tensor] = small_int_mm,
 ) -> Tensor:
     """a [M, K] times b [N, K] transposed, both int8 in blocks, as float32 [M, N]: an exact int32 product for each K block, scaled, summed up in float32.
 
@@ -108,7 +106,7 @@ def block_scaled_mm(
     for block in range(a_scale.shape[1]):
         k = slice(block * scale_block, (block + 1) * scale_block)
         scale = a_scale[:, block, None] * expand_blocks(b_scale[:, block], b.shape[:1], (scale_block,))
-        term = int_mm(a[:, k], b[:, k]).float() * scale
+        term = small_int_mm(a[:, k], b[:, k]).float() * scale
         y = term if y is None else y + term
     assert y is not None
     return y

@@ -216,6 +216,6 @@ def test_quantize_blocks_gives_each_block_of_a_row_its_own_scale(values: np.ndar
     for i in range(len(values)):
         for j in range(64 // block):
             part = y[i, j * block : (j + 1) * block]
-            expected = reference.choose_scale_symmetric(part, [-1])
+            expected = reference.choose_scale_blocks(part, [-1])
             assert float(scale[i, j]) == float(expected)
             assert torch.equal(q[i, j * block : (j + 1) * block], reference.quantize(part, expected, None, -127))

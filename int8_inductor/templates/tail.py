@@ -180,9 +180,10 @@ class Tail:
         size = self.block_size
         tiny = repr(reference.SMALLEST_SCALE)
         return [
+            "blocks = tl.abs(y)",
             f"if N % {size} != 0:",
-            "    y = tl.where((rn < N)[None, :], y, 0.0)",  # what lies past the edge has no part in the last block's scale
-            f"blocks = tl.reshape(tl.abs(y), (BLOCK_M, BLOCK_N // {size}, {size}))",
+            "    blocks = tl.where((rn < N)[None, :], blocks, 0.0)",  # what lies past the edge has no part in the last block's scale
+            f"blocks = tl.reshape(blocks, (BLOCK_M, BLOCK_N // {size}, {size}))",
             # tl.max may drop a NaN; a block that holds anything not finite has no scale.
             'finite = tl.min((blocks < float("inf")).to(tl.int32), axis=2) == 1',
             "largest = tl.max(blocks, axis=2)",
