@@ -181,8 +181,10 @@ class Tail:
         tiny = repr(reference.SMALLEST_SCALE)
         return [
             "blocks = tl.abs(y)",
+            # What lies past the edge has no part in the last block's scale. Of a single element, which is stored without a mask, it is a copy.
             f"if N % {size} != 0:",
-            "    blocks = tl.where((rn < N)[None, :], blocks, 0.0)",  # what lies past the edge has no part in the last block's scale
+            "    if M * N != 1:",
+            "        blocks = tl.where((rn < N)[None, :], blocks, 0.0)",
             f"blocks = tl.reshape(blocks, (BLOCK_M, BLOCK_N // {size}, {size}))",
             # tl.max may drop a NaN; a block that holds anything not finite has no scale.
             'finite = tl.min((blocks < float("inf")).to(tl.int32), axis=2) == 1',
