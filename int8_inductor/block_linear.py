@@ -77,9 +77,13 @@ class Int8BlockLinear(QuantizedLinear):
         return reference.dequantize_blocks(self.weight, self.weight_scale, (self.block_size, self.block_size))
 
     def _linear(self, x: Tensor) -> Tensor:
-        q, scale = reference.quantize_blocks(x, self.block_size)
+        # In whole blocks, the last filled up with zeros on both sides: Inductor's C++ computes a wrong scale[i // block] where the size of i is no
+        # multiple of the block (torch 2.11 to 2.15, try_loop_split). The pass drops the zeros.
+        size = self.block_size
+        q, scale = reference.quantize_blocks(reference.whole_blocks(x, size), size)
+        weight = reference.dequantize_blocks(reference.whole_blocks(self.weight, size), self.weight_scale, (size, size))
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(reference.dequantize_blocks(q, scale, self.block_size), self.dequantized_weight(), bias)
+        return F.linear(reference.dequantize_blocks(q, scale, size), weight, bias)
 
     def extra_repr(self) -> str:
         activation, weight = self.granularity

@@ -101,6 +101,11 @@ def store_eager(
     return reference.quantize(y, out_scale.reshape(-1, 1), shift, out_quant_min)
 
 
+def store_blocks_eager(y: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """y [M, N] as int8 in blocks of columns, in whole ones with zeros at the end, and their scales."""
+    return reference.quantize_blocks(reference.whole_blocks(y, block_size), block_size)
+
+
 def stored_dtype(given: Mapping[str, Any]) -> torch.dtype:
     """The dtype that the first operator of a product stores."""
     return torch.int8 if given["out_scale"] is not None else given["out_dtype"] or torch.float32
@@ -140,7 +145,8 @@ def _define_block_quant(product: Product) -> None:
     def eager(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         given, *_ = checked(args, kwargs)
         y = linear_eager(product.eager(**operands_of(given)), given["bias"], given["activation"])
-        return reference.quantize_blocks(y, given["block_size"])
+        q, scale = store_blocks_eager(y, given["block_size"])
+        return q[:, : y.shape[1]].contiguous(), scale
 
     def fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         given, m, n = checked(args, kwargs)

@@ -158,6 +158,12 @@ def in_blocks(x: Tensor, block_size: Sequence[int]) -> Tensor:
     return x
 
 
+def whole_blocks(x: Tensor, block: int) -> Tensor:
+    """`x` [..., C] with zeros behind it up to a multiple of `block` columns."""
+    lacking = -x.shape[-1] % block
+    return x if statically_known_true(lacking == 0) else F.pad(x, [0, lacking])
+
+
 def expand_blocks(scale: Tensor, sizes: Sequence[int], block_size: Sequence[int]) -> Tensor:
     """Scales [..., ceil(R / r), ceil(C / c)] as [..., R, C], for sizes (R, C) and block_size (r, c): each repeated over its block."""
     for dim, (size, block) in enumerate(zip(sizes, block_size, strict=True), -len(sizes)):

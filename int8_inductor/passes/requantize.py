@@ -165,12 +165,14 @@ def _fold_blocks(quant: Quant, blocks: _Blocks) -> None:
 
 def _replace_values(values: Node, q: Node, blocks: _Blocks) -> None:
     """Let q [..., N] stand for int8 `values` [..., N / size, size]; where they are cut to N columns again, without the detour over a full last block."""
-    graph = values.graph
-    for whole in list(values.users):
-        for cut in list(whole.users):
-            if whole.target in VIEWS and cut.target is aten.slice.Tensor and same_shape(val(cut).shape, val(q).shape):
+    graph, n = values.graph, val(q).shape[-1]
+    wholes = [user for user in values.users if user.target in VIEWS]
+    for whole in wholes:
+        wholes += [user for user in whole.users if user.target in VIEWS]
+        for cut in [user for user in whole.users if user.target is aten.slice.Tensor and blocks.padding]:
+            if argument(cut, "dim") % val(cut).ndim == val(cut).ndim - 1 and argument(cut, "start") in (None, 0) and same(val(cut).shape[-1], n):
                 with graph.inserting_before(cut):
-                    cut.replace_all_uses_with(q)
+                    cut.replace_all_uses_with(make(graph, cut, aten.reshape.default, q, [*list(whole.args[1])[:-1], n]))
     with graph.inserting_before(values):
         filled = make(graph, values, aten.constant_pad_nd.default, q, [0, blocks.padding]) if blocks.padding else q
         values.replace_all_uses_with(make(graph, values, aten.reshape.default, filled, blocks.sizes))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..products.block_scaled_mm import BLOCK_SCALED_MM
-from . import block_tiled
+from . import block_persistent, block_tiled
 from .types import Lowering
 
 __all__ = ["LOWERING"]
@@ -21,13 +21,14 @@ def _groups(operands: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _eager(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, scale_block: int = 128) -> Tensor:
     """float32 [M, N], rounded as float32 products are. One product: aten._int_mm takes as long for a block of 128 as for 2000 (256 x 4096 on a CPU)."""
-    wide_a = reference.dequantize_blocks(a, a_scale, scale_block)
-    return wide_a @ reference.dequantize_blocks(b, b_scale, (scale_block, scale_block)).t()
+    wide_a = reference.dequantize_blocks(reference.whole_blocks(a, scale_block), a_scale, scale_block)
+    wide_b = reference.dequantize_blocks(reference.whole_blocks(b, scale_block), b_scale, (scale_block, scale_block))
+    return wide_a @ wide_b.t()
 
 
 LOWERING = Lowering(
     BLOCK_SCALED_MM,
-    templates=(block_tiled,),
+    templates=(block_tiled, block_persistent),
     eager=_eager,
     eager_kernel="aten.mm of dequantized blocks",
     loop=("a_scale", "b_scale"),

@@ -54,6 +54,7 @@ CONFIGS = (
     # For rows whose length is no multiple of 16 bytes: few copies a thread.
     BlockTiledConfig(32, 32, 3, 4),
     BlockTiledConfig(16, 32, 3, 8),
+    BlockTiledConfig(32, 128, 3, 16),
 )
 
 MAX_REGISTERS = 255

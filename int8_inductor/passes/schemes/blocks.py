@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from ...granularity import SQUARE_BLOCKS
 from ...products.block_scaled_mm import BLOCK_SCALED_MM
-from ..base import Declined, aten, make, prims, same, same_shape, val
+from ..base import Declined, argument, aten, make, prims, same, same_shape, val
 from ..blocks import Repeated, follow
 from ..dialects import Dequant
 from ..operands import check_sizes
@@ -48,11 +48,17 @@ def read(left: Operand, right: Operand) -> Reading | None:
     _check_rows(a, left)
     swapped = _check_columns(b)
 
+    weight, length = _without_zeros(_quantized(right), right, size)
+
     def emit(graph: Graph, like: Node) -> dict[str, Any]:
+        rows = left.path.replay(graph, _quantized(left))
+        columns = make(graph, like, aten.permute.default, right.path.replay(graph, _quantized(right)), [1, 0])
+        if weight is not None:
+            rows, columns = make(graph, like, aten.slice.Tensor, rows, -1, 0, length), weight
         b_scale = _scale(graph, like, right, b, [b.extent(0), b.extent(1)] if swapped else [b.extent(1), b.extent(0)])
         return {
-            "a": left.path.replay(graph, _quantized(left)),
-            "b": make(graph, like, aten.permute.default, right.path.replay(graph, _quantized(right)), [1, 0]),
+            "a": rows,
+            "b": columns,
             "a_scale": _scale(graph, like, left, a, [-1, a.extent(-1)]),
             "b_scale": make(graph, like, aten.permute.default, b_scale, [1, 0]) if swapped else b_scale,
             "scale_block": size,
@@ -64,6 +70,18 @@ def read(left: Operand, right: Operand) -> Reading | None:
 def _quantized(operand: Operand) -> Node:
     assert operand.dequant is not None
     return operand.dequant.q
+
+
+def _without_zeros(q: Node, right: Operand, size: int) -> tuple[Node | None, int]:
+    """The weight [N, K] that zeros were put behind to fill its last block of columns up, and K; None where that is not what `q` is."""
+    moved = right.path.shapes_only()
+    transposed = len(moved) == 1 and moved[0].target is aten.permute.default and val(q).ndim == 2
+    if q.target is not aten.constant_pad_nd.default or not transposed or argument(q, "value") != 0:
+        return None, 0
+    padding, source = argument(q, "pad"), q.args[0]
+    if not isinstance(source, Node) or len(padding) != 2 or padding[0] != 0 or not 0 < padding[1] < size:
+        return None, 0
+    return source, int(val(source).shape[1])
 
 
 def _block(repeated: Repeated | None, axis: int) -> int | None:
