@@ -136,5 +136,5 @@ def check_scale(name: str, scale: Tensor, *, zeros: bool = False) -> None:
         return
     bad = ~(torch.isfinite(scale) & ((scale >= 0) if zeros else (scale > 0)))
     if bool(bad.any()):
-        value = scale[bad].flatten()[0].item()
-        raise ValueError(f"{name} must be finite and {'not negative' if zeros else 'positive'}, got {value} in {int(bad.sum())} of {scale.numel()} places")
+        value, wanted = scale[bad].flatten()[0].item(), "not negative" if zeros else "positive"
+        raise ValueError(f"{name} must be finite and {wanted}, got {value} in {int(bad.sum())} of {scale.numel()} places")

@@ -219,7 +219,8 @@ def _lower_triton(call: _Call) -> Any:
     scales = None
     if call.block_size is not None:
         rows, columns = call.given["a"].get_size()[0], call.given["b"].get_size()[-2]
-        scales = empty_strided([rows, (columns + call.block_size - 1) // call.block_size], None, dtype=torch.float32, device=call.given["a"].get_device())
+        blocks = (columns + call.block_size - 1) // call.block_size
+        scales = empty_strided([rows, blocks], None, dtype=torch.float32, device=call.given["a"].get_device())
         scales.realize()
     kernel = _kernel(call, scales)
     result = autotune(kernel)

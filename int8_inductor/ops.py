@@ -1,7 +1,8 @@
 """The operators in `torch.ops.int8_inductor`: two for each of PRODUCTS, made here of its schema, checks and eager definition.
 
 Both compute y = activation(product + bias) in float32. `<name>` (scaled_mm, say) stores y as a float dtype or, given `out_scale`, as int8;
-`<name>_block_quant` stores y as int8 with scales of its own, one per row and block of columns (the last may be short). `torch.compile` lowers them (lowering.py).
+`<name>_block_quant` stores y as int8 with scales of its own, one per row and block of columns (the last may be short). `torch.compile` lowers
+them (lowering.py).
 """
 
 from __future__ import annotations

@@ -97,10 +97,11 @@ def block_scaled_mm(
     b_scale: Tensor,
     scale_block: int = 128,
 ) -> Tensor:
-    """a [M, K] times b [N, K] transposed, both int8 in blocks, as float32 [M, N]: an exact int32 product for each K block, scaled, summed up in float32.
+    """a [M, K] times b [N, K] transposed, both int8 in blocks, as float32 [M, N]: exact in int32 within each K block, scaled, summed up in float32.
 
-    a_scale: [M, ceil(K / B)], of blocks of 1 x B. b_scale: [ceil(N / B), ceil(K / B)], of blocks of B x B. B is scale_block. The two scales of a block
-    are multiplied first: where the product is below 2^-126 it loses precision. After DeepSeek-V3 (arXiv 2412.19437, section 3.3) and Jetfire (2403.12422).
+    a_scale: [M, ceil(K / B)], of blocks of 1 x B. b_scale: [ceil(N / B), ceil(K / B)], of blocks of B x B. B is scale_block. The two scales of a
+    block are multiplied first: where the product is below 2^-126 it loses precision. After Jetfire (arXiv 2403.12422) and, for the accumulation,
+    DeepSeek-V3 (arXiv 2412.19437, section 3.3).
     """
     y = None
     for block in range(a_scale.shape[1]):

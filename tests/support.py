@@ -172,7 +172,7 @@ def block_linear64(
     (m, k), n = a.shape, len(b)
     blocks = -(-k // size)
     starts = [slice(i * size, (i + 1) * size) for i in range(blocks)]
-    x, size_of_terms, subnormal = torch.zeros(m, n, dtype=torch.float64), torch.zeros(m, n, dtype=torch.float64), torch.zeros(m, n, dtype=torch.float64)
+    x, size_of_terms, subnormal = torch.zeros(3, m, n, dtype=torch.float64)
     for block, part in enumerate(starts):
         dot = a[:, part].double() @ b[:, part].double().t()
         scale = a_scale[:, block, None].double() * b_scale[:, block].double().repeat_interleave(size)[None, :n]
@@ -233,7 +233,7 @@ def _saturate(steps: Tensor, quant_min: int) -> Tensor:
 
 
 def in_blocks(want: Bounded, block_size: int) -> tuple[Bounded, Tensor]:
-    """[M, N] as [M, ceil(N / block_size), block_size], the last block filled up with zeros, and the scale of each, in float64, were it not all zeros."""
+    """[M, N] as [M, ceil(N / block_size), block_size], filled up with zeros, and in float64 the scale of each block that is not all zeros."""
     blocks = Bounded(*(reference.in_blocks(t, (block_size,)) for t in (want.value, want.error)))
     return blocks, (blocks.value.abs().amax(-1) / 127).clamp(min=reference.SMALLEST_SCALE)
 

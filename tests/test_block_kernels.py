@@ -9,8 +9,21 @@ import torch
 from block_cases import BlockCase, block_cases
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from kernel_cases import kernels, out_scale
-from support import FLOATS, U, Bounded, block_linear64, check_blocks, check_float, check_int8, examples, fresh_compile, in_blocks, run, well_conditioned
+from kernel_cases import kernels
+from support import (
+    FLOATS,
+    Bounded,
+    U,
+    block_linear64,
+    check_blocks,
+    check_float,
+    check_int8,
+    examples,
+    fresh_compile,
+    in_blocks,
+    run,
+    well_conditioned,
+)
 from torch import Tensor
 
 from int8_inductor.products.block_scaled_mm import BLOCK_SCALED_MM

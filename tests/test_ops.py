@@ -102,9 +102,7 @@ def test_float_output_against_float64(
 
 @given(m=SIZES | st.just(0), n=SIZES, k=SIZES, seed=seeds, parts=all_parts, activation=activations, zero_point=st.booleans(),
        quant_min=st.sampled_from([-128, -127]))  # fmt: skip
-def test_int8_output_against_float64(
-    m: int, n: int, k: int, seed: int, parts: set[str], activation: str, zero_point: bool, quant_min: int
-) -> None:
+def test_int8_output_against_float64(m: int, n: int, k: int, seed: int, parts: set[str], activation: str, zero_point: bool, quant_min: int) -> None:
     inputs = Inputs(m, n, k, seed, {*parts, "out_scale"} | ({"out_zero_point"} if zero_point else set()))
     got = ops.scaled_mm(inputs.a, inputs.b, **inputs.operands, **inputs.store, activation=activation, out_quant_min=quant_min)
     assert (got.dtype, got.shape, got.is_contiguous()) == (torch.int8, (m, n), True)
@@ -117,11 +115,9 @@ def test_int8_output_against_float64(
     assert bool(((got.double() - rounded).abs() <= near_tie).all())
 
 
-@given(m=st.integers(0, 5), n=st.sampled_from([1, 31, 32, 64, 130, 256]), block_size=st.sampled_from(ops.BLOCK_SIZES), k=SIZES, seed=seeds, parts=all_parts,
-       activation=activations)  # fmt: skip
-def test_block_quant_is_scaled_mm_and_quantize_blocks(
-    m: int, n: int, block_size: int, k: int, seed: int, parts: set[str], activation: str
-) -> None:
+@given(m=st.integers(0, 5), n=st.sampled_from([1, 31, 32, 64, 130, 256]), block_size=st.sampled_from(ops.BLOCK_SIZES), k=SIZES, seed=seeds,
+       parts=all_parts, activation=activations)  # fmt: skip
+def test_block_quant_is_scaled_mm_and_quantize_blocks(m: int, n: int, block_size: int, k: int, seed: int, parts: set[str], activation: str) -> None:
     inputs = Inputs(m, n, k, seed, parts)
     q, scale = ops.scaled_mm_block_quant(inputs.a, inputs.b, **inputs.operands, activation=activation, block_size=block_size)
     assert (q.dtype, scale.dtype) == (torch.int8, torch.float32)

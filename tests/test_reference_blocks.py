@@ -1,4 +1,4 @@
-"""Quantization in blocks against float64: scales, values, ragged last blocks, blocks of zeros and of what is not finite; and the block-scaled product."""
+"""Quantization in blocks against float64: scales, values, short last blocks, blocks of zeros and of what is not finite; the block-scaled product."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ blocks that a later view undoes. Both are followed from the scale forward, dimen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,9 @@ def follow(dequant: Dequant, path: Path) -> Repeated | None:
         return None
     found = None
     for chain in _chains(dequant.scale):
-        axes = _start(chain[0])
-        for source, node in zip(chain, chain[1:], strict=False):
-            axes = None if axes is None else _step(axes, source, node)
+        axes = _along(_start(chain[0]), chain)
         axes = None if axes is None else _broadcast(axes, dequant)
-        source = dequant.q
-        for node in path.shapes_only():
-            axes = None if axes is None else _step(axes, source, node)
-            source = node
+        axes = None if axes is None else _along(axes, [dequant.q, *path.shapes_only()])
         if axes is not None:
             found = Repeated(chain[0], tuple(axes))
     return found
@@ -76,6 +72,16 @@ def _chains(scale: Node) -> list[list[Node]]:
         chain.insert(0, chain[0].args[0])
         chains.append(list(chain))
     return chains
+
+
+def _along(axes: Axes, nodes: list[Node]) -> Axes | None:
+    """The axes of the first of `nodes`, followed to the last."""
+    for source, node in itertools.pairwise(nodes):
+        moved = _step(axes, source, node)
+        if moved is None:
+            return None
+        axes = moved
+    return axes
 
 
 def _start(scale: Node) -> Axes:

@@ -10,6 +10,7 @@ that a chain of them stays int8.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch._inductor.pattern_matcher import Match, PatternExpr
 from torch.fx import Graph, Node
 
 from .. import ops, reference
-from .base import VIEWS, Declined, Path, argument, arguments_of, aten, getitem, is_float_cast, make, same, same_shape, shared, val, walk_back
+from .base import VIEWS, Declined, Path, argument, arguments_of, aten, getitem, is_float_cast, make, same, shared, val, walk_back
 from .context import current
 from .dialects import Quant, find_quant
 from .epilogue import refold, trace_pattern
@@ -129,16 +130,18 @@ def _match_blocks(quant: Quant) -> _Blocks | None:
     # Back over casts to the view that makes the blocks, and over what fills the last of them up with zeros.
     view = quant.x
     while is_float_cast(view):
-        view = view.args[0]  # type: ignore[assignment]
+        view = view.all_input_nodes[0]
     if view.target not in VIEWS:
         return None
-    y: Any = view.args[0]
-    padding = 0
-    if y.target is aten.constant_pad_nd.default and list(argument(y, "pad"))[:1] == [0] and len(argument(y, "pad")) == 2 and argument(y, "value") == 0:
-        y, padding = y.args[0], argument(y, "pad")[1]
+    y, sizes, padding = view.args[0], view.args[1], 0
+    assert isinstance(y, Node)
+    assert isinstance(sizes, Sequence)
+    if y.target is aten.constant_pad_nd.default and argument(y, "value") == 0 and len(argument(y, "pad")) == 2 and argument(y, "pad")[0] == 0:
+        padding, y = argument(y, "pad")[1], y.args[0]
+        assert isinstance(y, Node)
     if not (isinstance(padding, int) and same(shape[-2] * shape[-1], val(y).shape[-1] + padding)):
         return None
-    return _Blocks(quant.scale, y, padding, list(view.args[1]))
+    return _Blocks(quant.scale, y, padding, list(sizes))
 
 
 def _fold_blocks(quant: Quant, blocks: _Blocks) -> None:
@@ -164,15 +167,16 @@ def _fold_blocks(quant: Quant, blocks: _Blocks) -> None:
 
 
 def _replace_values(values: Node, q: Node, blocks: _Blocks) -> None:
-    """Let q [..., N] stand for int8 `values` [..., N / size, size]; where they are cut to N columns again, without the detour over a full last block."""
+    """Let q [..., N] stand for int8 `values` [..., N / size, size]; with no detour over a full last block where they are cut to N columns again."""
     graph, n = values.graph, val(q).shape[-1]
     wholes = [user for user in values.users if user.target in VIEWS]
     for whole in wholes:
         wholes += [user for user in whole.users if user.target in VIEWS]
         for cut in [user for user in whole.users if user.target is aten.slice.Tensor and blocks.padding]:
             if argument(cut, "dim") % val(cut).ndim == val(cut).ndim - 1 and argument(cut, "start") in (None, 0) and same(val(cut).shape[-1], n):
+                leading: Any = whole.args[1]
                 with graph.inserting_before(cut):
-                    cut.replace_all_uses_with(make(graph, cut, aten.reshape.default, q, [*list(whole.args[1])[:-1], n]))
+                    cut.replace_all_uses_with(make(graph, cut, aten.reshape.default, q, [*leading[:-1], n]))
     with graph.inserting_before(values):
         filled = make(graph, values, aten.constant_pad_nd.default, q, [0, blocks.padding]) if blocks.padding else q
         values.replace_all_uses_with(make(graph, values, aten.reshape.default, filled, blocks.sizes))

@@ -20,7 +20,10 @@ def _groups(operands: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _eager(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, scale_block: int = 128) -> Tensor:
-    """float32 [M, N], rounded as float32 products are. One product: aten._int_mm takes as long for a block of 128 as for 2000 (256 x 4096 on a CPU)."""
+    """float32 [M, N], rounded as float32 products are. One product: aten._int_mm takes as long for K = 128 as for 2000 (256 x 4096 on a CPU).
+
+    In whole blocks, as block_linear.py says why.
+    """
     wide_a = reference.dequantize_blocks(reference.whole_blocks(a, scale_block), a_scale, scale_block)
     wide_b = reference.dequantize_blocks(reference.whole_blocks(b, scale_block), b_scale, (scale_block, scale_block))
     return wide_a @ wide_b.t()
