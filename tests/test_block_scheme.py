@@ -1,7 +1,8 @@
-"""Block-scaled linears in graphs: every way to write one is rewritten, with exact counts and values against float64; what is not one is left, named."""
+"""Block-scaled linears in graphs: every way to write one is rewritten, with exact counts and values against float64; what is not one is left."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -122,7 +123,7 @@ def test_a_weight_in_k_n_layout(device: str) -> None:
 def model(*features: int, size: int = 64, activation: type[nn.Module] = nn.GELU, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(1)
     layers: list[nn.Module] = []
-    for i, (k, n) in enumerate(zip(features, features[1:], strict=False)):
+    for i, (k, n) in enumerate(itertools.pairwise(features)):
         layers += [activation()] if i else []
         layers.append(nn.Linear(k, n))
     chain = nn.Sequential(*layers).to(dtype).eval()
