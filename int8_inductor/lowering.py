@@ -98,7 +98,7 @@ def device_of(device: torch.device) -> Device:
         return dataclasses.replace(INTERPRETER, tma=python_launches)
     properties: Any = torch.cuda.get_device_properties(device)
     tma = properties.major >= 9 and python_launches
-    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma)
+    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma, hopper=properties.major == 9)
 
 
 def has_ptx(device: torch.device) -> bool:
@@ -285,6 +285,16 @@ def register(product: Product) -> None:
 
 for _product in PRODUCTS:
     register(_product)
+
+
+@register_lowering(ops.block_requantize, type_promotion_kind=None)
+def _lower_block_requantize(q: Any, scale: Any, activation: str = "none", block_size: int = 128) -> Any:
+    """The eager definition, in one kernel, whose rows are blocks."""
+    fn = functools.partial(ops.requantized_in_whole_blocks, activation=activation, block_size=block_size)
+    values, scales = _lower_eager(fn, {"q": q, "scale": scale})
+    columns = q.get_size()[-1]
+    values.realize()  # cut in memory alone: see _lower_torch
+    return lowerings[aten.slice](values, len(q.get_size()) - 1, 0, columns), scales
 
 
 @register_lowering(ops.round_to_int8, type_promotion_kind=None)

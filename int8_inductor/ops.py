@@ -17,7 +17,7 @@ from . import reference
 from .epilogues import EPILOGUES
 from .products import PRODUCTS, Product
 from .products.scaled_mm import SCALED_MM, ZERO_POINT_DTYPES
-from .products.types import check_vector
+from .products.types import agree, check_vector
 
 __all__ = ["KERNEL_PREFERENCES", "OPERATORS", "STORING", "define", "scaled_mm", "scaled_mm_block_quant"]
 
@@ -182,6 +182,44 @@ def _check_round_to_int8(t: Tensor, quant_min: int) -> None:
         raise ValueError(f"round_to_int8: quant_min must be -128 or -127, got {quant_min}")
 
 
+def block_requantize_eager(q: Tensor, scale: Tensor, activation: str = "none", block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """activation(q * scale) as int8 in blocks of columns again, and its scales: what stands between two block-scaled products apart from them.
+
+    q: int8 [..., K]. scale: float32 [..., ceil(K / block_size)]. The result has the same shapes.
+    """
+    _check_block_requantize(q, scale, activation, block_size)
+    values, scales = requantized_in_whole_blocks(q, scale, activation, block_size)
+    return values[..., : q.shape[-1]].contiguous(), scales
+
+
+def requantized_in_whole_blocks(q: Tensor, scale: Tensor, activation: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """The same, with zeros up to a whole number of blocks: every activation leaves 0 as it is, so they have no part in a scale."""
+    y = EPILOGUES[activation].eager(reference.dequantize(reference.in_blocks(q, (block_size,)), scale.unsqueeze(-1)))
+    scales = reference.choose_scale_blocks(y, [-1])
+    return reference.quantize(y, scales, None, reference.SYMMETRIC_MIN).flatten(-2), scales.squeeze(-1)
+
+
+def _block_requantize_fake(q: Tensor, scale: Tensor, activation: str = "none", block_size: int = 128) -> tuple[Tensor, Tensor]:
+    _check_block_requantize(q, scale, activation, block_size)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(scale, memory_format=torch.contiguous_format)
+
+
+def _check_block_requantize(q: Tensor, scale: Tensor, activation: str, block_size: int) -> None:
+    name = "block_requantize"
+    for argument, t, dtype in (("q", q, torch.int8), ("scale", scale, torch.float32)):
+        if t.dtype != dtype:
+            raise TypeError(f"{name}: {argument} must be {dtype}, got {t.dtype}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{name}: block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+    if activation not in EPILOGUES:
+        raise ValueError(f"{name}: activation must be one of {', '.join(EPILOGUES)}, got {activation!r}")
+    wanted = [*q.shape[:-1], -(-q.shape[-1] // block_size)] if q.ndim else []
+    if not wanted or scale.ndim != q.ndim or not all(agree(name, x, y) for x, y in zip(scale.shape, wanted, strict=True)):
+        raise ValueError(f"{name}: scale must have shape {wanted} for q {list(q.shape)} in blocks of {block_size}, got {list(scale.shape)}")
+    if scale.device != q.device:
+        raise ValueError(f"{name}: scale must be on {q.device}, the device of q, got {scale.device}")
+
+
 STORING: dict[Any, Product] = {}
 """The operators that store floats or int8 with a given scale, and whose they are."""
 OPERATORS: set[Any] = set()
@@ -198,8 +236,15 @@ def define(product: Product) -> None:
 
 for _product in PRODUCTS:
     define(_product)
+define_operator(
+    "block_requantize",
+    '(Tensor q, Tensor scale, str activation="none", int block_size=128) -> (Tensor, Tensor)',
+    block_requantize_eager,
+    _block_requantize_fake,
+)
 define_operator("round_to_int8", "(Tensor t, int quant_min=-128) -> Tensor", round_to_int8_eager, _round_to_int8_fake)
 
 scaled_mm = SCALED_MM.operator
 scaled_mm_block_quant = SCALED_MM.block_quant
+block_requantize = torch.ops.int8_inductor.block_requantize.default
 round_to_int8 = torch.ops.int8_inductor.round_to_int8.default

@@ -13,7 +13,7 @@ import pytest
 import torch
 from block_cases import BlockCase
 from machine_code import ARCHITECTURES, Job, compile_all, generated_kernel, with_constants
-from support import check_blocks, check_float, run
+from support import check_blocks, check_float, in_blocks, run, well_conditioned
 from torch import Tensor
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
@@ -23,11 +23,12 @@ from int8_inductor.templates import LOWERINGS, block_persistent, block_tiled
 from int8_inductor.templates.block_persistent import BlockPersistentConfig
 from int8_inductor.templates.block_tiled import BlockTiledConfig
 from int8_inductor.templates.problem import Device, Problem
-from int8_inductor.templates.tail import COLUMN, Tail
+from int8_inductor.templates.tail import COLUMN, ROW, Tail
 
 Config = BlockTiledConfig | BlockPersistentConfig
-DEVICES = {capability: Device(limit, 132, tma=capability >= 90) for capability, limit in ARCHITECTURES.items()}
-PLAIN, BLOCKS = Tail(fast=True), Tail(bias=COLUMN, activation="gelu", block_size=128, out_quant_min=-127, fast=True)
+DEVICES = {capability: Device(limit, 132, tma=capability >= 90, hopper=capability == 90) for capability, limit in ARCHITECTURES.items()}
+INT8 = Tail(bias=COLUMN, out_scale=ROW, activation="gelu", fast=True)
+PLAIN, BLOCKS = Tail(bias=COLUMN, fast=True), Tail(bias=COLUMN, activation="gelu", block_size=128, out_quant_min=-127, fast=True)
 SMALL = BlockPersistentConfig(32, 64, 2, 2, 4, programs=1, group_m=4)
 
 
@@ -61,11 +62,14 @@ def test_every_config_of_the_persistent_template(device: str, config: BlockPersi
     case = BlockCase(2 * config.rows + 3, config.block_n + 5, 272, scale_block, bias=torch.bfloat16, activation="gelu", device=device)
     with only(block_persistent, config):
         compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
-        q, scale = case.compiled("triton", BLOCK_SCALED_MM.block_quant, {"block_size": 64}).output
+        blocks = case.compiled("triton", BLOCK_SCALED_MM.block_quant, {"block_size": 64}).output
     assert compiled.has("tl.make_tensor_descriptor")
-    assert compiled.has("& zero") == (config.parts > 1)
+    assert compiled.has("& zero") == (config.parts > 1 and not config.specialized)
+    assert compiled.has("SPECIALIZED : tl.constexpr = True") == config.specialized
     check_float(compiled.output, case.want(narrow=True))
-    check_blocks(q, scale, case.want(narrow=True), 64)
+    parts, exact = in_blocks(case.want(narrow=True), 64)
+    if well_conditioned(parts, exact.unsqueeze(-1)):
+        check_blocks(*blocks, case.want(narrow=True), 64)
 
 
 @pytest.mark.parametrize("scale_block", [32, 64, 128])
@@ -86,6 +90,9 @@ def problem(m: int, n: int, k: int, size: int = 128) -> Problem:
 def test_large_products_are_persistent_on_hopper_and_tiled_before() -> None:
     large = problem(8192, 8192, 8192)
     assert block_persistent.candidates(large, DEVICES[90], PLAIN, thorough=False) == list(block_persistent.CONFIGS)
+    for tail in (BLOCKS, INT8, Tail(), Tail(activation="silu", fast=True)):
+        assert [config.specialized for config in block_persistent.candidates(large, DEVICES[90], tail, thorough=True)] == [False] * 3
+    assert [config.specialized for config in block_persistent.candidates(large, DEVICES[100], PLAIN, thorough=True)] == [False] * 3
     assert block_persistent.candidates(large, DEVICES[80], PLAIN, thorough=True) == []
     assert block_persistent.candidates(large, DEVICES[120], PLAIN, thorough=True) == []  # a multiprocessor has shared memory for fewer programs
     assert block_persistent.candidates(problem(16, 8192, 8192), DEVICES[90], PLAIN, thorough=True) == []
@@ -115,14 +122,22 @@ N, K = 256, 4096
 
 
 def _plain(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor) -> Tensor:
-    return BLOCK_SCALED_MM.operator(a, b, a_scale, b_scale, out_dtype=torch.bfloat16)  # type: ignore[no-any-return]
+    return BLOCK_SCALED_MM.operator(a, b, a_scale, b_scale, bias=bias, out_dtype=torch.bfloat16)  # type: ignore[no-any-return]
 
 
 def _blocks(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return BLOCK_SCALED_MM.block_quant(a, b, a_scale, b_scale, bias=bias, activation="gelu")  # type: ignore[no-any-return]
 
 
-TAILS: dict[str, tuple[Any, Tail]] = {"bfloat16": (_plain, PLAIN), "bias, gelu and int8 in blocks": (_blocks, BLOCKS)}
+def _int8(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor) -> Tensor:
+    return BLOCK_SCALED_MM.operator(a, b, a_scale, b_scale, bias=bias, activation="gelu", out_scale=a_scale[:, :1])  # type: ignore[no-any-return]
+
+
+TAILS: dict[str, tuple[Any, Tail]] = {
+    "bias and bfloat16": (_plain, PLAIN),
+    "bias, gelu and int8 by row": (_int8, INT8),
+    "bias, gelu and int8 in blocks": (_blocks, BLOCKS),
+}
 
 
 def render(tail: str, module: ModuleType, config: Config) -> str:
@@ -150,11 +165,11 @@ def test_machine_code() -> None:
     texts: dict[tuple[str, ModuleType, int], str] = {}
     jobs = []
     for tail, module, config, capability in cases:
-        key = tail, module, getattr(config, "parts", 1)
+        key = tail, module, getattr(config, "parts", 1) + 10 * getattr(config, "specialized", False)
         if key not in texts:
             texts[key] = render(tail, module, config)
         constants = module.constants(config, problem(8192, N, K), DEVICES[capability], TAILS[tail][1])
-        chosen = {name: value for name, value in constants.items() if name not in ("num_warps", "num_stages", "PARTS")}
+        chosen = {name: value for name, value in constants.items() if name not in ("num_warps", "num_stages", "PARTS", "SPECIALIZED")}
         jobs.append(Job(with_constants(texts[key], **chosen), config.num_warps, config.num_stages, capability))
     for (tail, module, config, capability), code in zip(cases, compile_all(jobs), strict=True):
         what = f"{tail}, {config}, sm_{capability}: {code}"

@@ -1,12 +1,17 @@
 """The persistent template of the block-scaled product: one program a slot of the chip, one output tile after another, operands through descriptors.
 
 For sm_90 and on, and operands that descriptors can name (see Problem.tma). The product of one block of K has to be waited for, turned to float32,
-scaled and added up; what keeps the tensor cores busy meanwhile is the other programs of a multiprocessor. Two of them have just the registers for
-tiles of 128 x 128, where a tile is multiplied and rescaled in two parts of 64 rows, one int32 accumulator after the other. ptxas would begin the
-second part's product before the first is rescaled, and spill: so the second accumulator starts from the first part's result AND zero, a zero that no
-compiler knows.
+scaled and added up; something else has to keep the tensor cores busy meanwhile. On Hopper that is done best by warp specialization: one group of
+warps loads, two multiply and rescale 128 x 128 each, in two parts of 64 rows, and take turns. Triton makes that of `warp_specialize`; but it moves
+the descriptors' first row for the second group, and with it everything that is computed of the same number, so rows are counted from another: the
+first row plus a zero that no compiler knows.
 
-8192 cubed on an H200: 1155 us, against 2430 without that, 1290 for tiles of 64 x 128, 1470 for a plain kernel of 8 warps; 742 without any rescaling.
+Elsewhere, and for tails that Triton cannot divide, it is the other programs of a multiprocessor. Two of them have just the registers for tiles of
+128 x 128, in two parts of 64 rows, one int32 accumulator after the other. ptxas would begin the second part's product before the first is rescaled,
+and spill: so the second accumulator starts from the first part's result AND that zero.
+
+8192 cubed on an H200: 1006 us; 1155 with two programs (2430 without the AND); 1290 for tiles of 64 x 128; 1470 for a plain kernel of 8 warps;
+742 without any rescaling.
 """
 
 from __future__ import annotations
@@ -23,7 +28,9 @@ __all__ = ["CONFIGS", "BlockPersistentConfig", "is_legal", "template"]
 
 @dataclass(frozen=True)
 class BlockPersistentConfig:
-    """Rows of a part of a tile, columns of a tile, how many parts of rows it has, pipeline stages, warps, programs that share a multiprocessor."""
+    """Rows of a part of a tile, columns of a tile, how many parts of rows it has, pipeline stages, warps, programs that share a multiprocessor, how
+    many tile rows share a run through the weight (for L2), and whether warps are specialized (num_warps is then of a group that multiplies).
+    """
 
     block_m: int
     block_n: int
@@ -32,6 +39,7 @@ class BlockPersistentConfig:
     num_warps: int
     programs: int
     group_m: int = 8
+    specialized: bool = False
 
     @property
     def rows(self) -> int:
@@ -43,8 +51,9 @@ class BlockPersistentConfig:
         return (self.rows + self.block_n) * block_k * self.num_stages + 64
 
 
-# 6304 x 3072 x 768: 43.9 us with the second, 52.8 with the first.
+# 6304 x 3072 x 768: 43.9 us with three programs, 52.8 with two of 128 x 128, 46.5 specialized.
 CONFIGS = (
+    BlockPersistentConfig(128, 128, 2, 4, 4, programs=1, group_m=4, specialized=True),
     BlockPersistentConfig(64, 128, 2, 3, 4, programs=2),
     BlockPersistentConfig(64, 128, 1, 3, 4, programs=3),
     BlockPersistentConfig(64, 128, 1, 4, 4, programs=2),
@@ -54,9 +63,15 @@ RESERVED = 1024
 
 
 def is_legal(config: BlockPersistentConfig, problem: Problem, device: Device, tail: Tail) -> bool:
-    """Whether the device runs that many programs at once on a multiprocessor with that tail, and descriptors can name the operands."""
+    """Whether the device runs that many programs at once on a multiprocessor with that tail, and descriptors can name the operands.
+
+    Specialized, a tail that does more than add a bias and store half precision spills hundreds of registers, or cannot be divided.
+    """
     (block_k,) = problem.groups
     fits = config.programs * (config.shared_memory(block_k) + RESERVED) <= device.shared_memory + RESERVED
+    short = tail.fast and tail.activation == "none" and tail.out_scale is None and tail.block_size is None
+    if config.specialized and not (device.hopper and short):
+        return False
     return fits and problem.tma and device.tma and (tail.block_size is None or config.block_n % tail.block_size == 0)
 
 
@@ -84,9 +99,10 @@ _MAIN_LOOP = """
     a_tiles = tl.make_tensor_descriptor(A, shape=[M, K], strides=[{{stride("A", 0)}}, 1], block_shape=[BLOCK_M, BLOCK_K])
     b_tiles = tl.make_tensor_descriptor(B, shape=[N, K], strides=[{{stride("B", 0)}}, 1], block_shape=[BLOCK_N, BLOCK_K])
     zero = tl.program_id(1)  # the grid has one dimension
-    for tile in tl.range(tl.program_id(0), grid_m * grid_n, NUM_SMS):
+    for tile in tl.range(tl.program_id(0), grid_m * grid_n, NUM_SMS, warp_specialize=SPECIALIZED):
 TILE_ORDER
         first_m = (pid_m * PARTS * BLOCK_M).to(tl.int32)
+        first_row = first_m.to(INDEX_DTYPE) + zero
         first_n = (pid_n * BLOCK_N).to(tl.int32)
         rn = first_n.to(INDEX_DTYPE) + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
         rbn = tl.where(rn < N, rn, 0)
@@ -96,7 +112,7 @@ TILE_ORDER
         b_scales = B_SCALE + (rbn // BLOCK_K) * {{stride("B_SCALE", 0)}}
 {% endif %}
 {% for part in range(PARTS) %}
-        rows = first_m.to(INDEX_DTYPE) + {{part}} * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+        rows = first_row + {{part}} * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
         a_scales_{{part}} = A_SCALE + tl.where(rows < M, rows, 0) * {{stride("A_SCALE", 0)}}
         dot_{{part}} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 {% endfor %}
@@ -111,7 +127,7 @@ TILE_ORDER
 {% else %}
             scale = a_scale[:, None] * b_scale[None, :]
 {% endif %}
-{% if part == 0 %}
+{% if part == 0 or SPECIALIZED %}
             product = tl.dot(a, b, out_dtype=tl.int32)
 {% else %}
             product = tl.dot(a, b, dot_{{part - 1}}.to(tl.int32, bitcast=True) & zero, out_dtype=tl.int32)
@@ -123,7 +139,7 @@ TILE_ORDER
             if part == {{part}}:
                 dot = dot_{{part}}
 {% endfor %}
-            rm = first_m.to(INDEX_DTYPE) + part * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+            rm = first_row + part * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
             ram = tl.where(rm < M, rm, 0)
 """
 
@@ -148,6 +164,7 @@ def constants(config: BlockPersistentConfig, problem: Problem, device: Device, t
         "BLOCK_K": block_k,
         "PARTS": config.parts,
         "GROUP_M": config.group_m,
+        "SPECIALIZED": config.specialized,
         "NUM_SMS": device.multiprocessors * config.programs,
         "num_stages": config.num_stages,
         "num_warps": config.num_warps,
