@@ -112,6 +112,21 @@ def test_a_block_of_zeros_has_scale_zero_and_survives_a_state_dict() -> None:
     assert torch.equal(other(x), layer(x))
 
 
+def test_pre_scale() -> None:
+    linear, x = nn.Linear(100, 70), torch.randn(3, 100)
+    pre_scale = torch.rand(100) + 0.5
+    layer = Int8BlockLinear.from_linear(linear, granularity=BLOCKS[32], act_pre_scale=pre_scale)
+    plain = nn.Linear(100, 70)
+    with torch.no_grad():
+        plain.weight.copy_(linear.weight / pre_scale)
+        plain.bias.copy_(linear.bias)
+    assert torch.equal(layer(x), Int8BlockLinear.from_linear(plain, granularity=BLOCKS[32])(x * pre_scale))
+    other = Int8BlockLinear(100, 70, granularity=BLOCKS[32])
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    torch.testing.assert_close(layer.to_linear().weight, linear.weight.detach(), atol=2e-3, rtol=0.0)
+
+
 def test_casts_and_copies_keep_the_scales() -> None:
     layer = make()
     scale, x = layer.weight_scale.clone(), torch.randn(3, 100)
