@@ -9,19 +9,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tail:
-    """What follows the scaled product. `activation` is one of int8_inductor's EPILOGUES; int8 output is static, one scale for the tensor."""
+    """What follows the scaled product. `activation` is one of int8_inductor's EPILOGUES; int8 output is static, one scale for the tensor, or has a
+    scale for each row and `block_size` columns, chosen from them.
+    """
 
     name: str
     activation: str = "none"
     bias: bool = False
     int8_out: bool = False
+    block_size: int | None = None
 
     def out_bytes(self, float_bytes: int) -> int:
         """Bytes of an output element where a float one has `float_bytes`."""
         return 1 if self.int8_out else float_bytes
 
 
-TAILS = {each.name: each for each in (Tail("plain"), Tail("gelu-int8", "gelu", bias=True, int8_out=True))}
+TAILS = {
+    each.name: each
+    for each in (
+        Tail("plain"),
+        Tail("gelu-int8", "gelu", bias=True, int8_out=True),
+        Tail("gelu-blocks", "gelu", bias=True, int8_out=True, block_size=128),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -96,10 +106,13 @@ def held_out(seed: int = HELD_OUT_SEED, count: int = HELD_OUT_COUNT) -> tuple[Ca
     return tuple(sorted(cases, key=lambda case: (case.m, case.n, case.k)))
 
 
+_BLOCKS = (*_CUBE, *_cases((4096, 28672, 4096), (2048, 4096, 4096), (64, 28672, 4096)), *_cases((VIT_M, 3072, 768), tail="gelu-blocks"))
 SHAPE_SETS: dict[str, tuple[Case, ...]] = {
     "quick": (*_CUBE, Case(16, 4096, 4096), _EPILOGUE[0]),
     "table": (*_TABLE, *_EPILOGUE),
     "llama": _LLAMA,
+    "blocks": _BLOCKS,
+    "small-blocks": (*_cases((64, 256, 256), (5, 200, 300)), *_cases((64, 256, 256), tail="gelu-blocks")),
     "vit": (*_VIT, _EPILOGUE[0]),
     "all": tuple(dict.fromkeys((*_TABLE, *_EPILOGUE, *_LLAMA, *_VIT))),
     "weights": tuple(Case(m, n, k) for m in (1, 16, 4, 1024, 4096, 64, 256, 8192) for n, k in LLAMA),

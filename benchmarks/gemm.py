@@ -128,8 +128,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) -> int:
-    """Run, print the table, write JSON and PNG. 1 when any result was wrong or failed."""
+def main(argv: list[str] | None = None, peers: tuple[Peer, ...] = PEERS, name: str = "gemm") -> int:
+    """Run, print the table, write JSON and PNG. 1 when any result was wrong or failed. name: of the program in this package, and of its files."""
     argv = common.program(argv)
     options = arguments(argv)
     device = torch.device(options.device)
@@ -138,8 +138,8 @@ def main(argv: list[str] | None = None, peers: tuple[Peer, ...] = PEERS) -> int:
     names = common.choose(options.peers, [peer.name for peer in peers], "--peers")
     budget = Budget(options.seconds)
     common.prepare(device)
-    record = common.environment(device, "benchmarks.gemm", argv, options.commit)
-    path = common.result_path("gemm", record, options.out)
+    record = common.environment(device, f"benchmarks.{name}", argv, options.commit)
+    path = common.result_path(name, record, options.out)
     result = run(cases, [peer for peer in peers if peer.name in names], device, budget, path, record)
     plot.draw(path)
     say(tables.text(*tables.gemm(result)))

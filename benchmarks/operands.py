@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from int8_inductor import reference
 from int8_inductor.epilogues import EPILOGUES
 
 from .cases import Case
@@ -27,6 +28,8 @@ FLOAT_TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 """The same for products that round while they accumulate."""
 
 _POISON_BLOCKS = 8
+BLOCK = 128
+"""Size of the blocks that share a scale: 1 x 128 of a, 128 x 128 of b."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class Operands:
     """A number format: `pair` draws (a [M, K], b [N, K], a_scale [M, 1] or None, b_scale [N] or None).
 
     dequantized: of a format with other operands, all of which `pair` draws: the float64 (a, b) that they stand for.
+    block_size: of scales in blocks, a_scale [M, ceil(K / B)] and b_scale [ceil(N / B), ceil(K / B)].
     """
 
     name: str
     pair: Callable[[Case, torch.device], tuple[Tensor, ...]]
     exact: bool
     dequantized: Callable[[tuple[Tensor, ...]], tuple[Tensor, Tensor]] | None = None
+    block_size: int | None = None
 
     def draw(self, case: Case, device: torch.device) -> tuple[Tensor, ...]:
         """Fresh random operands: a, b, scales where the format has them, then bias and, for INT8 formats, out_scale where the case has them."""
@@ -47,7 +52,7 @@ class Operands:
         if case.tail.bias:
             bias = torch.randn(case.n, device=device)
             operands.append(bias if len(operands) > 2 else bias.to(operands[0].dtype))
-        if case.tail.int8_out and len(operands) > 3:
+        if case.tail.int8_out and case.tail.block_size is None and len(operands) > 3:
             operands.append(torch.full((1,), OUT_SCALE, device=device))
         return tuple(operands)
 
@@ -87,23 +92,53 @@ def _fp8(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return (a, b, *_scales(case, device, 1.0))
 
 
+def _block_scales(case: Case, device: torch.device, std: float) -> tuple[Tensor, Tensor]:
+    """The same in blocks of BLOCK, those of a with the rows running fastest, as cuBLAS wants them."""
+    blocks = -(-case.k // BLOCK)
+    a_scale = (torch.rand(blocks, case.m, device=device).t() + 0.5) / std
+    b_scale = (torch.rand(-(-case.n // BLOCK), blocks, device=device) + 0.5) / (std * math.sqrt(case.k))
+    return a_scale, b_scale
+
+
+def _int8_blocks(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    a, b, *_ = _int8(case, device)
+    a_scale, b_scale = _block_scales(case, device, INT8_STD)
+    return a, b, a_scale.contiguous(), b_scale
+
+
+def _fp8_blocks(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    a, b, *_ = _fp8(case, device)
+    return (a, b, *_block_scales(case, device, 1.0))
+
+
 INT8 = Operands("int8", _int8, exact=True)
 INT8_BF16_SCALES = Operands("int8, bf16 scales", _int8_bf16_scales, exact=True)
 FLOAT = Operands("float", _float, exact=False)
 FP8 = Operands("fp8", _fp8, exact=False)
+INT8_BLOCKS = Operands("int8 in blocks", _int8_blocks, exact=True, block_size=BLOCK)
+FP8_BLOCKS = Operands("fp8 in blocks", _fp8_blocks, exact=False, block_size=BLOCK)
 
 
-def float64_truth(case: Case, operands: tuple[Tensor, ...]) -> Tensor:
-    """activation(a @ b.T * scales + bias) in float64, in steps of out_scale when there is one; [M, N]."""
+def float64_truth(case: Case, operands: tuple[Tensor, ...], block_size: int | None = None) -> Tensor:
+    """activation(a @ b.T * scales + bias) in float64, in steps of out_scale when there is one; [M, N]. block_size: of scales in blocks.
+
+    An int8 tail in blocks has steps of its own: the largest magnitude of each row of a block, over 127.
+    """
     rest = list(operands)
-    a, b = rest.pop(0), rest.pop(0)
-    truth = a.double() @ b.double().t()
+    a, b = rest.pop(0).double(), rest.pop(0).double()
     scaled = len(rest) >= 2
-    if scaled:
+    if block_size is not None:
+        a = a * reference.expand_blocks(rest.pop(0), a.shape[-1:], (block_size,)).double()
+        b = b * reference.expand_blocks(rest.pop(0), b.shape, (block_size, block_size)).double()
+    truth = a @ b.t()
+    if scaled and block_size is None:
         truth = truth.mul_(rest.pop(0).double()).mul_(rest.pop(0).double())
     if case.tail.bias:
         truth = truth.add_(rest.pop(0).double())
     truth = EPILOGUES[case.tail.activation].eager(truth)
+    if case.tail.block_size is not None and scaled:
+        steps = reference.in_blocks(truth, (case.tail.block_size,)).abs().amax(-1) / reference.INT8_MAX
+        return truth / reference.expand_blocks(steps, truth.shape[-1:], (case.tail.block_size,))
     return truth / rest.pop(0).double() if rest else truth
 
 
@@ -149,7 +184,7 @@ def check(case: Case, form: Operands, call: Callable[..., Tensor], stale: tuple[
     """Run `call` on fresh operands and hold its output against float64. `stale` are other operands, for the run that finds the output's size."""
     operands = form.draw(case, device)
     out, poisoned = run_poisoned(call, stale, operands)
-    truth = float64_truth(case, operands if form.dequantized is None else form.dequantized(operands))
+    truth = float64_truth(case, operands if form.dequantized is None else form.dequantized(operands), form.block_size)
     wanted = torch.int8 if case.tail.int8_out and form.exact else float_dtype(device)
     if out.dtype != wanted or out.shape != truth.shape:
         described = f"{out.dtype} {list(out.shape)}, wanted {wanted} {list(truth.shape)}"

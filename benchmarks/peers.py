@@ -24,6 +24,10 @@ def _always(device: torch.device) -> str | None:
     return None
 
 
+def _static_only(case: Case, device: torch.device) -> str | None:
+    return None if case.tail.block_size is None else f"stores int8 with a given scale, not {case.tail.name}"
+
+
 def _everything(case: Case, device: torch.device) -> str | None:
     return None
 
@@ -131,8 +135,8 @@ def _needs_torchao(device: torch.device) -> str | None:
 
 
 def _int_mm_refuses(case: Case, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
+    if device.type != "cuda" or case.tail.block_size is not None:
+        return _static_only(case, device)
     if case.m <= 16:
         return f"torch._int_mm needs M > 16, got {case.m}"
     return f"torch._int_mm needs N and K in multiples of 8, got {case.n} and {case.k}" if case.n % 8 or case.k % 8 else None
@@ -152,7 +156,7 @@ def _torchao_refuses(case: Case, device: torch.device) -> str | None:
 
 
 PEERS: tuple[Peer, ...] = (
-    Peer("ours", "ours", INT8, _ours("auto")),
+    Peer("ours", "ours", INT8, _ours("auto"), refuses=_static_only),
     Peer("stock-eager", "stock", FLOAT, _float(None)),
     Peer("stock-default", "stock", FLOAT, _float("default")),
     Peer("stock-max-autotune", "stock", FLOAT, _float("max-autotune-no-cudagraphs"), lacks=_needs_cuda),
@@ -160,6 +164,6 @@ PEERS: tuple[Peer, ...] = (
     Peer("fp8-rowwise-fast", "fp8", FP8, _fp8_rowwise(fast=True), lacks=_needs_fp8, refuses=_fp8_refuses),
     Peer("stock-int-mm", "int_mm", INT8, _stock_int_mm, refuses=_int_mm_refuses),
     Peer("torchao-triton", "torchao", INT8_BF16_SCALES, _torchao_int8, lacks=_needs_torchao, refuses=_torchao_refuses),
-    Peer("ours-triton", "ours triton", INT8, _ours("triton"), lacks=_needs_triton_templates),
-    Peer("ours-torch", "ours torch", INT8, _ours("torch")),
+    Peer("ours-triton", "ours triton", INT8, _ours("triton"), lacks=_needs_triton_templates, refuses=_static_only),
+    Peer("ours-torch", "ours torch", INT8, _ours("torch"), refuses=_static_only),
 )
