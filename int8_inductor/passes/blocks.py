@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from .base import VIEWS, Path, argument, aten, same, val
 from .dialects import Dequant
+from .dialects.types import is_symbolic
 
 __all__ = ["Axis", "Repeated", "follow"]
 
@@ -49,7 +50,7 @@ Axes = list[Axis]
 
 def follow(dequant: Dequant, path: Path) -> Repeated | None:
     """The scale of `dequant`, from as far back as it can be followed, to the operand that `path` makes of its value; None: nothing is repeated."""
-    if not isinstance(dequant.scale, Node) or dequant.axis is not None:
+    if not isinstance(dequant.scale, Node) or dequant.axis is not None or is_symbolic(dequant.scale):
         return None
     found = None
     for chain in _chains(dequant.scale):
@@ -122,8 +123,9 @@ def _step(axes: Axes, source: Node, node: Node) -> Axes | None:
     if node.target is aten.expand.default:
         return _expanded(axes, before, after)
     if node.target is aten.slice.Tensor:
-        whole = argument(node, "start") in (None, 0) and argument(node, "step") == 1
-        return axes if whole else None
+        # What is cut is repetitions, not scales: readers check that there are as many scales as blocks.
+        repeated = not same(axes[argument(node, "dim") % len(after)].repeat, 1)
+        return axes if repeated and argument(node, "start") in (None, 0) and argument(node, "step") == 1 else None
     return _viewed(axes, before, after) if node.target in VIEWS else None
 
 

@@ -25,13 +25,14 @@ __all__ = ["BLOCKS"]
 
 
 def read(left: Operand, right: Operand) -> Reading | None:
-    """A block_scaled_mm where the scales of an operand are repeated along K in blocks; None where those of neither are."""
+    """A block_scaled_mm where the activation's scales are repeated along K, or the weight's along N; None where neither are."""
     if left.dequant is None or right.dequant is None:
         return None
     a, b = follow(left.dequant, left.path), follow(right.dequant, right.path)
     k, n = val(left.node).shape[-1], val(right.node).shape[1]
-    found = {size for each, axis in ((a, -1), (b, 0), (b, 1)) if (size := _block(each, axis)) is not None}
-    if not found and not (_is_repeated(left.dequant) or _is_repeated(right.dequant)):
+    blocks = [_block(each, axis) for each, axis in ((a, -1), (b, 1), (b, 0))]
+    found = {size for size in blocks if size is not None}
+    if not any(blocks[:2]) and (found or not (_is_repeated(left.dequant, a) or _is_repeated(right.dequant, b))):
         return None
     check_sizes(left.node, right.node, limit=None)
     if a is None or b is None or len(found) > 1:
@@ -92,10 +93,11 @@ def _block(repeated: Repeated | None, axis: int) -> int | None:
     return repeat if isinstance(repeat, int) and repeat > 1 else None
 
 
-def _is_repeated(dequant: Dequant) -> bool:
-    """Whether there is an element of the scale for each of the quantized value, which another scheme would not look through."""
-    scale = dequant.scale
-    return isinstance(scale, Node) and dequant.axis is None and val(dequant.q).ndim > 1 and same_shape(val(scale).shape, val(dequant.q).shape)
+def _is_repeated(dequant: Dequant, repeated: Repeated | None) -> bool:
+    """Whether a scale was repeated to one for each element of the quantized value, which another scheme would not look through."""
+    if repeated is None or repeated.scale is dequant.scale or not isinstance(dequant.scale, Node):
+        return False
+    return same_shape(val(dequant.scale).shape, val(dequant.q).shape)
 
 
 def _one_block(k: Any, n: Any) -> int:
