@@ -147,7 +147,7 @@ def render(tail: str, module: ModuleType, config: Config) -> str:
     for each in (inputs[0], inputs[2]):
         torch._dynamo.mark_dynamic(each, 0)
     with only(module, config), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "_has_ptx", lambda device: True)
+        patch.setattr(lowering, "has_ptx", lambda device: True)
         patch.setattr(CachingAutotuner, "run", lambda *args, **kwargs: None)  # a kernel for a GPU: it is looked at, not run
         return generated_kernel(run(TAILS[tail][0], *inputs).code[0])
 
@@ -155,13 +155,19 @@ def render(tail: str, module: ModuleType, config: Config) -> str:
 def test_machine_code() -> None:
     """No spills in a main loop, the shared memory that was estimated, and the architecture's int8 instruction."""
     cases: list[tuple[str, ModuleType, Config, int]] = []
-    for tail, (_, shape) in TAILS.items():
-        for capability in (80, 90):
-            for module in (block_tiled, block_persistent):
-                legal = [config for config in module.CONFIGS if module.is_legal(config, problem(8192, N, K), DEVICES[capability], shape)]
-                # The kernels of a template differ in constants, but for the number of parts; before Hopper the largest says all.
-                cases += [(tail, module, config, capability) for config in (legal if capability == 90 else legal[:2])]
-    assert {(module, capability) for _, module, _, capability in cases} == {(block_tiled, 80), (block_tiled, 90), (block_persistent, 90)}
+    for capability, tail, module in (
+        (80, "bias and bfloat16", block_tiled),
+        (80, "bias, gelu and int8 in blocks", block_tiled),
+        (90, "bias, gelu and int8 in blocks", block_tiled),
+        (90, "bias and bfloat16", block_persistent),
+        (90, "bias, gelu and int8 by row", block_persistent),
+        (90, "bias, gelu and int8 in blocks", block_persistent),
+    ):
+        product, shape = problem(8192, N, K), TAILS[tail][1]
+        legal = [config for config in module.CONFIGS if module.is_legal(config, product, DEVICES[capability], shape)]
+        # The first configs are the largest.
+        cases += [(tail, module, config, capability) for config in legal[: None if module is block_persistent else 2]]
+    assert [config.specialized for _, module, config, _ in cases if module is block_persistent] == [True] + [False] * 9  # type: ignore[union-attr]
     texts: dict[tuple[str, ModuleType, int], str] = {}
     jobs = []
     for tail, module, config, capability in cases:
