@@ -29,7 +29,8 @@ Config = BlockTiledConfig | BlockPersistentConfig
 DEVICES = {capability: Device(limit, 132, tma=capability >= 90, hopper=capability == 90) for capability, limit in ARCHITECTURES.items()}
 INT8 = Tail(bias=COLUMN, out_scale=ROW, activation="gelu", fast=True)
 PLAIN, BLOCKS = Tail(bias=COLUMN, fast=True), Tail(bias=COLUMN, activation="gelu", block_size=128, out_quant_min=-127, fast=True)
-SMALL = BlockPersistentConfig(32, 64, 2, 2, 4, programs=1, group_m=4)
+SMALL = BlockPersistentConfig(32, 64, 2, 1, 2, 4, programs=1, group_m=4)
+WIDE = BlockPersistentConfig(32, 64, 2, 2, 2, 4, programs=2)
 
 
 @contextmanager
@@ -55,16 +56,16 @@ def test_every_config_of_the_tiled_template(config: BlockTiledConfig) -> None:
     check_float(compiled.output, case.want())
 
 
-@pytest.mark.parametrize("config", [*block_persistent.CONFIGS, SMALL], ids=str)
+@pytest.mark.parametrize("config", [*block_persistent.CONFIGS, SMALL, WIDE], ids=str)
 @pytest.mark.parametrize("scale_block", [32, 128])
 def test_every_config_of_the_persistent_template(device: str, config: BlockPersistentConfig, scale_block: int) -> None:
     """Several tiles a program, none of them whole; one scale of the weight for a tile's columns, and several; stored as float and in blocks."""
-    case = BlockCase(2 * config.rows + 3, config.block_n + 5, 272, scale_block, bias=torch.bfloat16, activation="gelu", device=device)
+    case = BlockCase(2 * config.rows + 3, config.columns + 5, 272, scale_block, bias=torch.bfloat16, activation="gelu", device=device)
     with only(block_persistent, config):
         compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
         blocks = case.compiled("triton", BLOCK_SCALED_MM.block_quant, {"block_size": 64}).output
     assert compiled.has("tl.make_tensor_descriptor")
-    assert compiled.has("& zero") == (config.parts > 1 and not config.specialized)
+    assert compiled.has("& zero") == (config.parts_m * config.parts_n > 1 and not config.specialized)
     assert compiled.has("SPECIALIZED : tl.constexpr = True") == config.specialized
     check_float(compiled.output, case.want(narrow=True))
     parts, exact = in_blocks(case.want(narrow=True), 64)
@@ -167,15 +168,15 @@ def test_machine_code() -> None:
         legal = [config for config in module.CONFIGS if module.is_legal(config, product, DEVICES[capability], shape)]
         # The first configs are the largest.
         cases += [(tail, module, config, capability) for config in legal[: None if module is block_persistent else 2]]
-    assert [config.specialized for _, module, config, _ in cases if module is block_persistent] == [True] + [False] * 9  # type: ignore[union-attr]
-    texts: dict[tuple[str, ModuleType, int], str] = {}
+    assert [config.specialized for _, module, config, _ in cases if module is block_persistent] == [True, True] + [False] * 9  # type: ignore[union-attr]
+    texts: dict[tuple[str, ModuleType, tuple[int, int], bool], str] = {}
     jobs = []
     for tail, module, config, capability in cases:
-        key = tail, module, getattr(config, "parts", 1) + 10 * getattr(config, "specialized", False)
+        key = tail, module, (getattr(config, "parts_m", 1), getattr(config, "parts_n", 1)), getattr(config, "specialized", False)
         if key not in texts:
             texts[key] = render(tail, module, config)
         constants = module.constants(config, problem(8192, N, K), DEVICES[capability], TAILS[tail][1])
-        chosen = {name: value for name, value in constants.items() if name not in ("num_warps", "num_stages", "PARTS", "SPECIALIZED")}
+        chosen = {name: value for name, value in constants.items() if name not in ("num_warps", "num_stages", "PARTS_M", "PARTS_N", "SPECIALIZED")}
         jobs.append(Job(with_constants(texts[key], **chosen), config.num_warps, config.num_stages, capability))
     for (tail, module, config, capability), code in zip(cases, compile_all(jobs), strict=True):
         what = f"{tail}, {config}, sm_{capability}: {code}"

@@ -2,15 +2,15 @@
 
 For sm_90 and on, and operands that descriptors can name (see Problem.tma). The product of one block of K has to be waited for, turned to float32,
 scaled and added up; something else has to keep the tensor cores busy meanwhile. On Hopper that is done best by warp specialization: one group of
-warps loads, two multiply and rescale 128 x 128 each, in two parts of 64 rows, and take turns. Triton makes that of `warp_specialize`; but it moves
-the descriptors' first row for the second group, and with it everything that is computed of the same number, so rows are counted from another: the
-first row plus a zero that no compiler knows.
+warps loads, two multiply and rescale 64 rows of 256 columns each, 128 columns at a time, and take turns. Triton makes that of `warp_specialize`; but
+it moves the descriptors' first row for the second group, and with it everything that is computed of the same number, so rows are counted from
+another: the first row plus a zero that no compiler knows.
 
 Elsewhere, and for tails that Triton cannot divide, it is the other programs of a multiprocessor. Two of them have just the registers for tiles of
 128 x 128, in two parts of 64 rows, one int32 accumulator after the other. ptxas would begin the second part's product before the first is rescaled,
 and spill: so the second accumulator starts from the first part's result AND that zero.
 
-8192 cubed on an H200: 1006 us; 1155 with two programs (2430 without the AND); 1290 for tiles of 64 x 128; 1470 for a plain kernel of 8 warps;
+8192 cubed on an H200: 976 us; 1155 with two programs (2430 without the AND); 1290 for tiles of 64 x 128; 1470 for a plain kernel of 8 warps;
 742 without any rescaling.
 """
 
@@ -28,13 +28,15 @@ __all__ = ["CONFIGS", "BlockPersistentConfig", "is_legal", "template"]
 
 @dataclass(frozen=True)
 class BlockPersistentConfig:
-    """Rows of a part of a tile, columns of a tile, how many parts of rows it has, pipeline stages, warps, programs that share a multiprocessor, how
-    many tile rows share a run through the weight (for L2), and whether warps are specialized (num_warps is then of a group that multiplies).
+    """Rows and columns of a part of a tile, how many parts of rows and of columns a tile has, pipeline stages, warps, programs that share a
+    multiprocessor, how many tile rows share a run through the weight (for L2), and whether warps are specialized (num_warps is then of the group
+    that Triton divides by two).
     """
 
     block_m: int
     block_n: int
-    parts: int
+    parts_m: int
+    parts_n: int
     num_stages: int
     num_warps: int
     programs: int
@@ -44,19 +46,25 @@ class BlockPersistentConfig:
     @property
     def rows(self) -> int:
         """Rows of a tile."""
-        return self.parts * self.block_m
+        return self.parts_m * self.block_m
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile."""
+        return self.parts_n * self.block_n
 
     def shared_memory(self, block_k: int) -> int:
         """Bytes of shared memory a program takes: the pipelined int8 tiles, and their barriers."""
-        return (self.rows + self.block_n) * block_k * self.num_stages + 64
+        return (self.rows + self.columns) * block_k * self.num_stages + 64
 
 
-# 6304 x 3072 x 768: 43.9 us with three programs, 52.8 with two of 128 x 128, 46.5 specialized.
+# 6304 x 3072 x 768: 45.1 us with three programs, 50.5 with two of 128 x 128, 45.5 and 47.0 specialized.
 CONFIGS = (
-    BlockPersistentConfig(128, 128, 2, 4, 4, programs=1, group_m=4, specialized=True),
-    BlockPersistentConfig(64, 128, 2, 3, 4, programs=2),
-    BlockPersistentConfig(64, 128, 1, 3, 4, programs=3),
-    BlockPersistentConfig(64, 128, 1, 4, 4, programs=2),
+    BlockPersistentConfig(128, 128, 1, 2, 4, 4, programs=1, specialized=True),
+    BlockPersistentConfig(128, 128, 2, 1, 4, 4, programs=1, specialized=True),
+    BlockPersistentConfig(64, 128, 2, 1, 3, 4, programs=2),
+    BlockPersistentConfig(64, 128, 1, 1, 3, 4, programs=3),
+    BlockPersistentConfig(64, 128, 1, 1, 4, 4, programs=2),
 )
 RESERVED = 1024
 """Bytes of shared memory that every block takes for itself."""
@@ -82,8 +90,8 @@ def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) 
     """
 
     def useful(config: BlockPersistentConfig) -> bool:
-        many = tiles(problem, config.rows, config.block_n) > device.multiprocessors
-        return many and padded(problem, config.rows, config.block_n) < 2 * problem.m * problem.n
+        many = tiles(problem, config.rows, config.columns) > device.multiprocessors
+        return many and padded(problem, config.rows, config.columns) < 2 * problem.m * problem.n
 
     return [config for config in CONFIGS if useful(config) and is_legal(config, problem, device, tail)]
 
@@ -94,53 +102,72 @@ _MAIN_LOOP = """
     M = {{size("A", 0)}}
     N = {{size("B", 0)}}
     K = {{size("A", 1)}}
-    grid_m = tl.cdiv(M, PARTS * BLOCK_M)
-    grid_n = tl.cdiv(N, BLOCK_N)
+    grid_m = tl.cdiv(M, PARTS_M * BLOCK_M)
+    grid_n = tl.cdiv(N, PARTS_N * BLOCK_N)
     a_tiles = tl.make_tensor_descriptor(A, shape=[M, K], strides=[{{stride("A", 0)}}, 1], block_shape=[BLOCK_M, BLOCK_K])
     b_tiles = tl.make_tensor_descriptor(B, shape=[N, K], strides=[{{stride("B", 0)}}, 1], block_shape=[BLOCK_N, BLOCK_K])
     zero = tl.program_id(1)  # the grid has one dimension
     for tile in tl.range(tl.program_id(0), grid_m * grid_n, NUM_SMS, warp_specialize=SPECIALIZED):
 TILE_ORDER
-        first_m = (pid_m * PARTS * BLOCK_M).to(tl.int32)
+        first_m = (pid_m * PARTS_M * BLOCK_M).to(tl.int32)
         first_row = first_m.to(INDEX_DTYPE) + zero
-        first_n = (pid_n * BLOCK_N).to(tl.int32)
-        rn = first_n.to(INDEX_DTYPE) + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
-        rbn = tl.where(rn < N, rn, 0)
+        first_n = (pid_n * PARTS_N * BLOCK_N).to(tl.int32)
+{% for i in range(PARTS_M) %}
+        rows = first_row + {{i}} * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+        a_scales_{{i}} = A_SCALE + tl.where(rows < M, rows, 0) * {{stride("A_SCALE", 0)}}
+{% endfor %}
+{% for j in range(PARTS_N) %}
 {% if BLOCK_N <= BLOCK_K %}
-        b_scales = B_SCALE + (first_n // BLOCK_K) * {{stride("B_SCALE", 0)}}
+        column_{{j}} = first_n + {{j}} * BLOCK_N
 {% else %}
-        b_scales = B_SCALE + (rbn // BLOCK_K) * {{stride("B_SCALE", 0)}}
+        column_{{j}} = first_n + {{j}} * BLOCK_N + tl.arange(0, BLOCK_N)
 {% endif %}
-{% for part in range(PARTS) %}
-        rows = first_row + {{part}} * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
-        a_scales_{{part}} = A_SCALE + tl.where(rows < M, rows, 0) * {{stride("A_SCALE", 0)}}
-        dot_{{part}} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # A part that lies past the edge reads the first scale.
+        b_scales_{{j}} = B_SCALE + tl.where(column_{{j}} < N, column_{{j}} // BLOCK_K, 0).to(INDEX_DTYPE) * {{stride("B_SCALE", 0)}}
+{% endfor %}
+{% for i in range(PARTS_M) %}
+{% for j in range(PARTS_N) %}
+        dot_{{i}}_{{j}} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+{% endfor %}
 {% endfor %}
         for k in range(0, K, BLOCK_K):
-            b = b_tiles.load([first_n, k]).T
-            b_scale = tl.load(b_scales + (k // BLOCK_K) * {{stride("B_SCALE", 1)}})
-{% for part in range(PARTS) %}
-            a = a_tiles.load([first_m + {{part}} * BLOCK_M, k])
-            a_scale = tl.load(a_scales_{{part}} + (k // BLOCK_K) * {{stride("A_SCALE", 1)}})
+{% for i in range(PARTS_M) %}
+            a_{{i}} = a_tiles.load([first_m + {{i}} * BLOCK_M, k])
+            a_scale_{{i}} = tl.load(a_scales_{{i}} + (k // BLOCK_K) * {{stride("A_SCALE", 1)}})
+{% endfor %}
+{% for j in range(PARTS_N) %}
+            b_{{j}} = b_tiles.load([first_n + {{j}} * BLOCK_N, k]).T
+            b_scale_{{j}} = tl.load(b_scales_{{j}} + (k // BLOCK_K) * {{stride("B_SCALE", 1)}})
+{% endfor %}
+{% for i in range(PARTS_M) %}
+{% for j in range(PARTS_N) %}
 {% if BLOCK_N <= BLOCK_K %}
-            scale = (a_scale * b_scale)[:, None]
+            scale = (a_scale_{{i}} * b_scale_{{j}})[:, None]
 {% else %}
-            scale = a_scale[:, None] * b_scale[None, :]
+            scale = a_scale_{{i}}[:, None] * b_scale_{{j}}[None, :]
 {% endif %}
-{% if part == 0 or SPECIALIZED %}
-            product = tl.dot(a, b, out_dtype=tl.int32)
+{% if i + j == 0 or SPECIALIZED %}
+            product = tl.dot(a_{{i}}, b_{{j}}, out_dtype=tl.int32)
 {% else %}
-            product = tl.dot(a, b, dot_{{part - 1}}.to(tl.int32, bitcast=True) & zero, out_dtype=tl.int32)
+            start = dot_{{i if j else i - 1}}_{{j - 1 if j else PARTS_N - 1}}.to(tl.int32, bitcast=True) & zero
+            product = tl.dot(a_{{i}}, b_{{j}}, start, out_dtype=tl.int32)
 {% endif %}
-            dot_{{part}} += product.to(tl.float32) * scale
+            dot_{{i}}_{{j}} += product.to(tl.float32) * scale
 {% endfor %}
-        for part in tl.static_range(PARTS):
-{% for part in range(PARTS) %}
-            if part == {{part}}:
-                dot = dot_{{part}}
 {% endfor %}
-            rm = first_row + part * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+        tile_n = pid_n
+        for part in tl.static_range(PARTS_M * PARTS_N):
+{% for i in range(PARTS_M) %}
+{% for j in range(PARTS_N) %}
+            if part == {{i * PARTS_N + j}}:
+                dot = dot_{{i}}_{{j}}
+{% endfor %}
+{% endfor %}
+            rm = first_row + part // PARTS_N * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+            pid_n = tile_n * PARTS_N + part % PARTS_N
+            rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
             ram = tl.where(rm < M, rm, 0)
+            rbn = tl.where(rn < N, rn, 0)
 """
 
 
@@ -162,7 +189,8 @@ def constants(config: BlockPersistentConfig, problem: Problem, device: Device, t
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": block_k,
-        "PARTS": config.parts,
+        "PARTS_M": config.parts_m,
+        "PARTS_N": config.parts_n,
         "GROUP_M": config.group_m,
         "SPECIALIZED": config.specialized,
         "NUM_SMS": device.multiprocessors * config.programs,

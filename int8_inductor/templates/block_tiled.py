@@ -49,6 +49,7 @@ CONFIGS = (
     BlockTiledConfig(32, 128, 4, 4),
     BlockTiledConfig(32, 64, 5, 4),
     BlockTiledConfig(16, 128, 4, 4),
+    BlockTiledConfig(16, 64, 8, 4),
     BlockTiledConfig(16, 64, 5, 4),
     BlockTiledConfig(16, 32, 6, 2),
     # For rows whose length is no multiple of 16 bytes: few copies a thread.
@@ -61,7 +62,7 @@ MAX_REGISTERS = 255
 """Registers that a thread can have, on every GPU; what does not fit spills to memory."""
 MAX_COPY_BYTES = 16
 """The most that a thread copies at a time."""
-QUICK_CONFIGS = 4
+QUICK_CONFIGS = 5
 """How many configs are timed when max_autotune is off."""
 WASTE = 1.5
 """A config is not timed when its tiles cover this many times the area of the tightest config's."""
