@@ -9,7 +9,5 @@ from .types import Lowering
 
 __all__ = ["LOWERINGS", "Lowering"]
 
-LOWERINGS: dict[str, Lowering] = {
-    each.product.name: each for each in (scaled_mm.LOWERING, block_scaled_mm.LOWERING, *weight_only.LOWERINGS)
-}
+LOWERINGS: dict[str, Lowering] = {each.product.name: each for each in (scaled_mm.LOWERING, block_scaled_mm.LOWERING, *weight_only.LOWERINGS)}
 """By the product's name."""
