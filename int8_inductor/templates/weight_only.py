@@ -53,6 +53,7 @@ GROUP_CONFIGS = (
     WeightConfig(16, 128, 128, 4, 4),
     WeightConfig(8, 64, 128, 6, 4),
     WeightConfig(8, 32, 256, 4, 2),
+    WeightConfig(16, 128, 128, 3, 8),  # float32 activations and results in blocks of 128: what fits into the registers
 )
 # In int8, nibbles put side by side in registers and multiplied once a group: 0.80 at M = 1024, 0.78 at 4096; two products, of even and odd k, 0.64.
 INT8_INT4_CONFIGS = (
