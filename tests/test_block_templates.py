@@ -95,6 +95,9 @@ def test_large_products_are_persistent_on_hopper_and_tiled_before() -> None:
     for tail in (BLOCKS, INT8, Tail(), Tail(activation="silu", fast=True)):
         assert [config.specialized for config in block_persistent.candidates(large, DEVICES[90], tail, thorough=True)] == [False] * 3
     assert [config.specialized for config in block_persistent.candidates(large, DEVICES[100], PLAIN, thorough=True)] == [False] * 3
+    for size in (32, 64):
+        narrow = block_persistent.candidates(problem(8192, 8192, 8192, size), DEVICES[90], PLAIN, thorough=True)
+        assert [config.parts_m * config.parts_n for config in narrow] == [1, 1]
     assert block_persistent.candidates(large, DEVICES[80], PLAIN, thorough=True) == []
     assert block_persistent.candidates(large, DEVICES[120], PLAIN, thorough=True) == []  # a multiprocessor has shared memory for fewer programs
     assert block_persistent.candidates(problem(16, 8192, 8192), DEVICES[90], PLAIN, thorough=True) == []
