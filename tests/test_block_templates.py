@@ -59,18 +59,19 @@ def test_every_config_of_the_tiled_template(config: BlockTiledConfig) -> None:
 @pytest.mark.parametrize("config", [*block_persistent.CONFIGS, SMALL, WIDE], ids=str)
 @pytest.mark.parametrize("scale_block", [32, 128])
 def test_every_config_of_the_persistent_template(device: str, config: BlockPersistentConfig, scale_block: int) -> None:
-    """Several tiles a program, none of them whole; one scale of the weight for a tile's columns, and several; stored as float and in blocks."""
-    case = BlockCase(2 * config.rows + 3, config.columns + 5, 272, scale_block, bias=torch.bfloat16, activation="gelu", device=device)
+    """Several tiles a program, none of them whole; one scale of the weight for a tile's columns, and several; with the tails that it is legal for."""
+    case = BlockCase(2 * config.rows + 3, config.columns + 5, 272, scale_block, bias=torch.bfloat16, device=device)
+    case.activation = "none" if config.specialized else "gelu"
+    want = case.want(narrow=True)
     with only(block_persistent, config):
         compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
-        blocks = case.compiled("triton", BLOCK_SCALED_MM.block_quant, {"block_size": 64}).output
-    assert compiled.has("tl.make_tensor_descriptor")
-    assert compiled.has("& zero") == (config.parts_m * config.parts_n > 1 and not config.specialized)
-    assert compiled.has("SPECIALIZED : tl.constexpr = True") == config.specialized
-    check_float(compiled.output, case.want(narrow=True))
-    parts, exact = in_blocks(case.want(narrow=True), 64)
-    if well_conditioned(parts, exact.unsqueeze(-1)):
-        check_blocks(*blocks, case.want(narrow=True), 64)
+        assert compiled.has("tl.make_tensor_descriptor")
+        assert compiled.has("& zero") == (config.parts_m * config.parts_n > 1 and not config.specialized)
+        assert compiled.has("SPECIALIZED : tl.constexpr = True") == config.specialized
+        check_float(compiled.output, want)
+        parts, exact = in_blocks(want, 64)
+        if not config.specialized and well_conditioned(parts, exact.unsqueeze(-1)):
+            check_blocks(*case.compiled("triton", BLOCK_SCALED_MM.block_quant, {"block_size": 64}).output, want, 64)
 
 
 @pytest.mark.parametrize("scale_block", [32, 64, 128])
@@ -94,6 +95,9 @@ def test_large_products_are_persistent_on_hopper_and_tiled_before() -> None:
     for tail in (BLOCKS, INT8, Tail(), Tail(activation="silu", fast=True)):
         assert [config.specialized for config in block_persistent.candidates(large, DEVICES[90], tail, thorough=True)] == [False] * 3
     assert [config.specialized for config in block_persistent.candidates(large, DEVICES[100], PLAIN, thorough=True)] == [False] * 3
+    for size in (32, 64):
+        narrow = block_persistent.candidates(problem(8192, 8192, 8192, size), DEVICES[90], PLAIN, thorough=True)
+        assert [config.parts_m * config.parts_n for config in narrow] == [1, 1]
     assert block_persistent.candidates(large, DEVICES[80], PLAIN, thorough=True) == []
     assert block_persistent.candidates(large, DEVICES[120], PLAIN, thorough=True) == []  # a multiprocessor has shared memory for fewer programs
     assert block_persistent.candidates(problem(16, 8192, 8192), DEVICES[90], PLAIN, thorough=True) == []

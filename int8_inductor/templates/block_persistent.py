@@ -73,12 +73,15 @@ RESERVED = 1024
 def is_legal(config: BlockPersistentConfig, problem: Problem, device: Device, tail: Tail) -> bool:
     """Whether the device runs that many programs at once on a multiprocessor with that tail, and descriptors can name the operands.
 
-    Specialized, a tail that does more than add a bias and store half precision spills hundreds of registers, or cannot be divided.
+    Tiles of several parts have no registers left for a scale of the weight for each column. Specialized, a tail that does more than add a bias and
+    store half precision spills hundreds of them, or cannot be divided.
     """
     (block_k,) = problem.groups
     fits = config.programs * (config.shared_memory(block_k) + RESERVED) <= device.shared_memory + RESERVED
     short = tail.fast and tail.activation == "none" and tail.out_scale is None and tail.block_size is None
     if config.specialized and not (device.hopper and short):
+        return False
+    if config.parts_m * config.parts_n > 1 and config.block_n > block_k:
         return False
     return fits and problem.tma and device.tma and (tail.block_size is None or config.block_n % tail.block_size == 0)
 
