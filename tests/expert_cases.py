@@ -3,7 +3,8 @@
 The bounds are derived as those of support.py are. A product over K is summed from stretches whose int8 dot is exact: an error of (stretches + 4) U
 times the sum of the magnitudes (of K + 4 where the activation is a float). The hidden value h = activation(gate) * up carries the errors of both. Its
 int8 steps t = h / scale may be rounded either way where t lies within its error of a tie: that is worth scale * |weight| a value. A pair's result
-is rounded to the dtype of x before the sum over slots.
+is rounded to the dtype of x before the sum over slots. The int8 of x itself has no error: the kernels' is that of the definition on a CPU, to the bit
+(test_activations_become_the_int8_of_the_definition). Eager torch on a GPU divides by 127 by multiplying, so for it the definition runs there.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class ExpertCase:
     def on_device(self) -> tuple[Tensor, ...]:
         return tuple(t.to(self.device) for t in self.operands())
 
-    def want(self) -> Bounded:
-        """The float64 result."""
+    def want(self, kernel: str = "triton") -> Bounded:
+        """The float64 result. kernel: the preference, whose int8 of x it is."""
         x, gate_up, gate_up_scale, down, down_scale, index, routing = self.operands()
         value, error = (torch.zeros(self.tokens, self.n, dtype=torch.float64) for _ in range(2))
         for token in range(self.tokens):
@@ -85,14 +86,14 @@ class ExpertCase:
                 if not 0 <= expert < self.experts:
                     continue
                 weights = (gate_up[expert], gate_up_scale[expert], down[expert], down_scale[expert])
-                y = self._expert(x[token : token + 1], *weights)
+                y = self._expert(x[token : token + 1], *weights, self.device if kernel == "torch" else "cpu")
                 weight = float(routing[token, slot])
                 pair = y.value[0] * weight
                 value[token] += pair
                 error[token] += y.error[0] * abs(weight) + 2 * U * pair.abs() + ulp(pair, self.dtype)
         return Bounded(value, error + self.slots * U * value.abs() + SUBNORMAL)
 
-    def _expert(self, x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor) -> Bounded:
+    def _expert(self, x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor, quantized_on: str) -> Bounded:
         up_weight, down_weight = (
             layouts.dequantize_weight(w, s.double()) if w.dtype == torch.uint8 else w.double() * s.double()
             for w, s in ((gate_up, gate_up_scale), (down, down_scale))
@@ -101,7 +102,7 @@ class ExpertCase:
             both = product64(Bounded(x.double(), torch.zeros_like(x, dtype=torch.float64)), up_weight, self.k)
         else:
             block = ACT_BLOCK if self.layout == "w4a8" else None
-            q, scale = quantize_activation(x, block)
+            q, scale = (t.cpu() for t in quantize_activation(x.to(quantized_on), block))
             exact = q.double() * expand(scale.double(), self.k, block or self.k)
             both = product64(Bounded(exact, torch.zeros_like(exact)), up_weight, -(-self.k // 32))
         hidden = self._hidden(both)

@@ -35,6 +35,7 @@ class Job:
 class MachineCode:
     """shared: bytes a block. registers, stack: registers and bytes of local memory a thread. mma: instructions that multiply int8, as PTX names them.
     loop_spills: loads and stores of local memory inside a loop that multiplies. from_registers: products whose left operand is in registers.
+    divisions: those of float32, as PTX names them.
     """
 
     shared: int
@@ -43,6 +44,7 @@ class MachineCode:
     mma: list[str]
     loop_spills: int
     from_registers: int = 0
+    divisions: tuple[str, ...] = ()
 
 
 def generated_kernel(code: str) -> str:
@@ -114,7 +116,8 @@ def measure(compiled: Any, folder: str, number: int) -> MachineCode:
     spills = sum(_loop_spills(_tool("nvdisasm", "-c", str(cubin)))) if stack else 0
     mma = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|dp4a)[\w.:]*", compiled.asm["ptx"])
     from_registers = re.findall(r"wgmma\.mma_async[\w.:]*\s*\{[^}]*\},\s*\{", compiled.asm["ptx"])
-    return MachineCode(compiled.metadata.shared, int(usage["REG"]), stack, sorted(set(mma)), spills, len(from_registers))
+    divisions = tuple(sorted(set(re.findall(r"\b(?:div|rcp)\.[\w.]*f32", compiled.asm["ptx"]))))
+    return MachineCode(compiled.metadata.shared, int(usage["REG"]), stack, sorted(set(mma)), spills, len(from_registers), divisions)
 
 
 def _tool(name: str, *arguments: str) -> str:

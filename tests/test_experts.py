@@ -11,7 +11,7 @@ import triton
 from expert_cases import LAYOUTS, ExpertCase, expert_cases
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from support import Bounded, U, check_float, examples
+from support import FLOATS, Bounded, U, check_float, examples
 from torch import Tensor
 
 from int8_inductor import ops as products
@@ -37,7 +37,7 @@ def compute(case: ExpertCase, kernel: str) -> Tensor:
 @example(case=ExpertCase("w8a8", inner=300, tokens=5, magnitudes=(0.0,)), kernel="triton")
 def test_results_against_float64(device: str, case: ExpertCase, kernel: str) -> None:
     case = dataclasses.replace(case, device=device)
-    want = case.want()
+    want = case.want(kernel)
     assume(bool((want.value.abs() < torch.finfo(case.dtype).max / 16).all()))
     check_float(compute(case, kernel), want)
 
@@ -192,6 +192,39 @@ def test_grouped_product(device: str, rows: int, experts: int, n: int, k: int, s
         operands[2] = operands[2][:1]
     got = ops.scaled_grouped_mm(*(t.to(device) for t in operands), out_dtype=dtype, kernel_preference=kernel)
     check_float(got.cpu(), grouped64(*operands))
+
+
+# int8 of activations --------------------------------------------------------------------------------------------------------------
+
+
+@examples(20)
+@given(
+    k=st.sampled_from([1, 7, 128, 256, 300]),
+    block=st.sampled_from([None, reference.ACT_BLOCK]),
+    size=st.sampled_from([0.0, 1e-40, 1e-30, 1.0, 1e30]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 99),
+)
+@example(k=256, block=None, size=1.0, dtype=torch.bfloat16, seed=0)
+@example(k=300, block=reference.ACT_BLOCK, size=1.0, dtype=torch.float32, seed=0)
+def test_activations_become_the_int8_of_the_definition(device: str, k: int, block: int | None, size: float, dtype: torch.dtype, seed: int) -> None:
+    """Bit for bit, at ties too: the first values are half of the largest, which is 63.5 steps. One row is 127 and ties alone; one is not finite."""
+    x = torch.randn(40, k, generator=torch.Generator().manual_seed(seed)) * size
+    x[:, : k // 128 + 1] = x[:, :128].abs().amax(1, keepdim=True) / 2
+    x[0] = torch.arange(k) % 127 + 0.5
+    x[0, ::128] = 127
+    x[1, -1] = float("nan")
+    x = x.to(dtype)
+    q, scale = torch.empty(40, k, dtype=torch.int8, device=device), torch.empty(40, triton.cdiv(k, block or k), device=device)
+    index, counts = torch.zeros(40, 1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    half = max(triton.next_power_of_2(triton.cdiv(k, 2)), reference.ACT_BLOCK // 2)
+    kernels.prepare[(40,)](
+        x.to(device), q, scale, index, counts, torch.empty_like(index, dtype=torch.int32), K=k, E=1, TOP_K=1, SLOTS=1, HALF=half, X_BLOCK=block or 0,
+        SPLIT=False, INT8_X=True, PTX=device == "cuda",
+    )  # fmt: skip
+    wanted = reference.quantize_activation(x, block)
+    assert torch.equal(q.cpu(), wanted[0])
+    torch.testing.assert_close(scale.cpu(), wanted[1], rtol=0, atol=0, equal_nan=True)
 
 
 # Sorting --------------------------------------------------------------------------------------------------------------------------

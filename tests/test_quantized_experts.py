@@ -342,7 +342,7 @@ def test_compiled_layer_against_float64(device: str, kernel: str) -> None:
             check_float(got.cpu(), type(want)(want.value[:count], want.error[:count]))
     assert frames.frame_count == 1
     static = run(layer, x, index, routing, options={"kernel_preference": kernel})
-    check_float(static.output.cpu(), case.want())
+    check_float(static.output.cpu(), case.want(kernel))
     assert [entry.kernel for entry in static.report.linears] == [kernel]
 
 

@@ -108,9 +108,9 @@ def gate_up(
     h = ACTIVATION(g) * u
     if INT8_X:
         h = tl.where(inside[:, None], h, 0.0)
-        scale = scale_of(h, 0)
+        scale, inverse = scale_of(h, 0, False)
         tl.store(H_SCALE + pair.to(tl.int64) * N_TILES + pid_n, scale, mask=live)
-        q = to_int8(h * (1.0 / scale)[None, :], PTX)
+        q = to_int8(h * inverse[None, :], PTX)
     else:
         q = h.to(H.dtype.element_ty)
     column = rn // 2 + rn % 2 * (INNER // 2) if INT4 else rn

@@ -28,6 +28,8 @@ def prepare(
 ):
     """One token a program: quantize its row of X [M, K] (INT8_X) and split it into even and odd columns (SPLIT), and count it at its experts.
 
+    The int8 is that of reference.quantize_activation on a CPU, bit for bit.
+
     INDEX [M, TOP_K]: experts; one that is not in [0, E) is none. COUNTS [E], zeros before: how many pairs an expert has. RANK [M, TOP_K]: a pair's
     place among its expert's pairs, in no particular order, as no pair's result depends on its place; -1 where there is no expert.
     HALF, SLOTS: powers of 2 that cover half of K, and TOP_K.
@@ -46,14 +48,14 @@ def prepare(
             BLOCKS: tl.constexpr = 2 * HALF // X_BLOCK
             COUNT: tl.constexpr = (K + X_BLOCK - 1) // X_BLOCK
             blocks = tl.reshape(x, (BLOCKS, X_BLOCK))
-            scale = scale_of(blocks, 1)
+            scale, inverse = scale_of(blocks, 1, True)
             block = tl.arange(0, BLOCKS)
             tl.store(X_SCALE + token.to(tl.int64) * COUNT + block, scale, mask=block < COUNT)
-            x = tl.reshape(blocks * (1.0 / scale)[:, None], (2 * HALF,))
+            x = tl.reshape(blocks * inverse[:, None], (2 * HALF,))
         else:
-            scale = scale_of(x, 0)
+            scale, inverse = scale_of(x, 0, True)
             tl.store(X_SCALE + token, scale)
-            x = x * (1.0 / scale)
+            x = x * inverse
         x = to_int8(x, PTX)
     base = Q + token.to(tl.int64) * K
     if SPLIT:
