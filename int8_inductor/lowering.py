@@ -98,7 +98,7 @@ def device_of(device: torch.device) -> Device:
         return dataclasses.replace(INTERPRETER, tma=python_launches)
     properties: Any = torch.cuda.get_device_properties(device)
     tma = properties.major >= 9 and python_launches
-    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma, hopper=properties.major == 9)
+    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma)
 
 
 def has_ptx(device: torch.device) -> bool:

@@ -26,7 +26,7 @@ from int8_inductor.templates.problem import Device, Problem
 from int8_inductor.templates.tail import COLUMN, ROW, Tail
 
 Config = BlockTiledConfig | BlockPersistentConfig
-DEVICES = {capability: Device(limit, 132, tma=capability >= 90, hopper=capability == 90) for capability, limit in ARCHITECTURES.items()}
+DEVICES = {capability: Device(limit, 132, tma=capability >= 90) for capability, limit in ARCHITECTURES.items()}
 INT8 = Tail(bias=COLUMN, out_scale=ROW, activation="gelu", fast=True)
 PLAIN, BLOCKS = Tail(bias=COLUMN, fast=True), Tail(bias=COLUMN, activation="gelu", block_size=128, out_quant_min=-127, fast=True)
 SMALL = BlockPersistentConfig(32, 64, 2, 1, 2, 4, programs=1, group_m=4)
@@ -59,18 +59,17 @@ def test_every_config_of_the_tiled_template(config: BlockTiledConfig) -> None:
 @pytest.mark.parametrize("config", [*block_persistent.CONFIGS, SMALL, WIDE], ids=str)
 @pytest.mark.parametrize("scale_block", [32, 128])
 def test_every_config_of_the_persistent_template(device: str, config: BlockPersistentConfig, scale_block: int) -> None:
-    """Several tiles a program, none of them whole; one scale of the weight for a tile's columns, and several; with the tails that it is legal for."""
+    """Several tiles a program, none of them whole; one scale of the weight for a tile's columns, and several."""
     case = BlockCase(2 * config.rows + 3, config.columns + 5, 272, scale_block, bias=torch.bfloat16, device=device)
-    case.activation = "none" if config.specialized else "gelu"
+    case.activation = "gelu"
     want = case.want(narrow=True)
     with only(block_persistent, config):
         compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
         assert compiled.has("tl.make_tensor_descriptor")
-        assert compiled.has("& zero") == (config.parts_m * config.parts_n > 1 and not config.specialized)
-        assert compiled.has("SPECIALIZED : tl.constexpr = True") == config.specialized
+        assert compiled.has("& zero") == (config.parts_m * config.parts_n > 1)
         check_float(compiled.output, want)
         parts, exact = in_blocks(want, 64)
-        if not config.specialized and well_conditioned(parts, exact.unsqueeze(-1)):
+        if well_conditioned(parts, exact.unsqueeze(-1)):
             check_blocks(*case.compiled("triton", BLOCK_SCALED_MM.block_quant, {"block_size": 64}).output, want, 64)
 
 
@@ -93,8 +92,7 @@ def test_large_products_are_persistent_on_hopper_and_tiled_before() -> None:
     large = problem(8192, 8192, 8192)
     assert block_persistent.candidates(large, DEVICES[90], PLAIN, thorough=False) == list(block_persistent.CONFIGS)
     for tail in (BLOCKS, INT8, Tail(), Tail(activation="silu", fast=True)):
-        assert [config.specialized for config in block_persistent.candidates(large, DEVICES[90], tail, thorough=True)] == [False] * 3
-    assert [config.specialized for config in block_persistent.candidates(large, DEVICES[100], PLAIN, thorough=True)] == [False] * 3
+        assert len(block_persistent.candidates(large, DEVICES[90], tail, thorough=True)) == 3
     for size in (32, 64):
         narrow = block_persistent.candidates(problem(8192, 8192, 8192, size), DEVICES[90], PLAIN, thorough=True)
         assert [config.parts_m * config.parts_n for config in narrow] == [1, 1]
@@ -172,15 +170,15 @@ def test_machine_code() -> None:
         legal = [config for config in module.CONFIGS if module.is_legal(config, product, DEVICES[capability], shape)]
         # The first configs are the largest.
         cases += [(tail, module, config, capability) for config in legal[: None if module is block_persistent else 2]]
-    assert [config.specialized for _, module, config, _ in cases if module is block_persistent] == [True, True] + [False] * 9  # type: ignore[union-attr]
-    texts: dict[tuple[str, ModuleType, tuple[int, int], bool], str] = {}
+    assert sum(module is block_persistent for _, module, _, _ in cases) == 9
+    texts: dict[tuple[str, ModuleType, tuple[int, int]], str] = {}
     jobs = []
     for tail, module, config, capability in cases:
-        key = tail, module, (getattr(config, "parts_m", 1), getattr(config, "parts_n", 1)), getattr(config, "specialized", False)
+        key = tail, module, (getattr(config, "parts_m", 1), getattr(config, "parts_n", 1))
         if key not in texts:
             texts[key] = render(tail, module, config)
         constants = module.constants(config, problem(8192, N, K), DEVICES[capability], TAILS[tail][1])
-        chosen = {name: value for name, value in constants.items() if name not in ("num_warps", "num_stages", "PARTS_M", "PARTS_N", "SPECIALIZED")}
+        chosen = {name: value for name, value in constants.items() if name not in ("num_warps", "num_stages", "PARTS_M", "PARTS_N")}
         jobs.append(Job(with_constants(texts[key], **chosen), config.num_warps, config.num_stages, capability))
     for (tail, module, config, capability), code in zip(cases, compile_all(jobs), strict=True):
         what = f"{tail}, {config}, sm_{capability}: {code}"

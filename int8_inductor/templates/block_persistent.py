@@ -1,17 +1,12 @@
 """The persistent template of the block-scaled product: one program a slot of the chip, one output tile after another, operands through descriptors.
 
 For sm_90 and on, and operands that descriptors can name (see Problem.tma). The product of one block of K has to be waited for, turned to float32,
-scaled and added up; something else has to keep the tensor cores busy meanwhile. On Hopper that is done best by warp specialization: one group of
-warps loads, two multiply and rescale 64 rows of 256 columns each, 128 columns at a time, and take turns. Triton makes that of `warp_specialize`; but
-it moves the descriptors' first row for the second group, and with it everything that is computed of the same number, so rows are counted from
-another: the first row plus a zero that no compiler knows.
-
-Elsewhere, and for tails that Triton cannot divide, it is the other programs of a multiprocessor. Two of them have just the registers for tiles of
+scaled and added up; the other programs of a multiprocessor keep the tensor cores busy meanwhile. Two of them have just the registers for tiles of
 128 x 128, in two parts of 64 rows, one int32 accumulator after the other. ptxas would begin the second part's product before the first is rescaled,
-and spill: so the second accumulator starts from the first part's result AND that zero.
+and spill: so the second accumulator starts from the first part's result AND a zero that no compiler knows.
 
-8192 cubed on an H200: 976 us; 1155 with two programs (2430 without the AND); 1290 for tiles of 64 x 128; 1470 for a plain kernel of 8 warps;
-742 without any rescaling.
+8192 cubed on an H200: 1155 us with two programs (2430 without the AND); 1290 for tiles of 64 x 128; 1470 for a plain kernel of 8 warps; 742 without
+any rescaling. Triton's warp specialization takes 976, but its results were wrong in places for 2048 x 4096 x 4096 (Triton 3.6), so it is not used.
 """
 
 from __future__ import annotations
@@ -29,8 +24,7 @@ __all__ = ["CONFIGS", "BlockPersistentConfig", "is_legal", "template"]
 @dataclass(frozen=True)
 class BlockPersistentConfig:
     """Rows and columns of a part of a tile, how many parts of rows and of columns a tile has, pipeline stages, warps, programs that share a
-    multiprocessor, how many tile rows share a run through the weight (for L2), and whether warps are specialized (num_warps is then of the group
-    that Triton divides by two).
+    multiprocessor, and how many tile rows share a run through the weight (for L2).
     """
 
     block_m: int
@@ -41,7 +35,6 @@ class BlockPersistentConfig:
     num_warps: int
     programs: int
     group_m: int = 8
-    specialized: bool = False
 
     @property
     def rows(self) -> int:
@@ -58,10 +51,8 @@ class BlockPersistentConfig:
         return (self.rows + self.columns) * block_k * self.num_stages + 64
 
 
-# 6304 x 3072 x 768: 45.1 us with three programs, 50.5 with two of 128 x 128, 45.5 and 47.0 specialized.
+# 6304 x 3072 x 768: 45.1 us with three programs, 50.5 with two of 128 x 128.
 CONFIGS = (
-    BlockPersistentConfig(128, 128, 1, 2, 4, 4, programs=1, specialized=True),
-    BlockPersistentConfig(128, 128, 2, 1, 4, 4, programs=1, specialized=True),
     BlockPersistentConfig(64, 128, 2, 1, 3, 4, programs=2),
     BlockPersistentConfig(64, 128, 1, 1, 3, 4, programs=3),
     BlockPersistentConfig(64, 128, 1, 1, 4, 4, programs=2),
@@ -73,14 +64,10 @@ RESERVED = 1024
 def is_legal(config: BlockPersistentConfig, problem: Problem, device: Device, tail: Tail) -> bool:
     """Whether the device runs that many programs at once on a multiprocessor with that tail, and descriptors can name the operands.
 
-    Tiles of several parts have no registers left for a scale of the weight for each column. Specialized, a tail that does more than add a bias and
-    store half precision spills hundreds of them, or cannot be divided.
+    Tiles of several parts have no registers left for a scale of the weight for each column.
     """
     (block_k,) = problem.groups
     fits = config.programs * (config.shared_memory(block_k) + RESERVED) <= device.shared_memory + RESERVED
-    short = tail.fast and tail.activation == "none" and tail.out_scale is None and tail.block_size is None
-    if config.specialized and not (device.hopper and short):
-        return False
     if config.parts_m * config.parts_n > 1 and config.block_n > block_k:
         return False
     return fits and problem.tma and device.tma and (tail.block_size is None or config.block_n % tail.block_size == 0)
@@ -110,10 +97,10 @@ _MAIN_LOOP = """
     a_tiles = tl.make_tensor_descriptor(A, shape=[M, K], strides=[{{stride("A", 0)}}, 1], block_shape=[BLOCK_M, BLOCK_K])
     b_tiles = tl.make_tensor_descriptor(B, shape=[N, K], strides=[{{stride("B", 0)}}, 1], block_shape=[BLOCK_N, BLOCK_K])
     zero = tl.program_id(1)  # the grid has one dimension
-    for tile in tl.range(tl.program_id(0), grid_m * grid_n, NUM_SMS, warp_specialize=SPECIALIZED):
+    for tile in tl.range(tl.program_id(0), grid_m * grid_n, NUM_SMS):
 TILE_ORDER
         first_m = (pid_m * PARTS_M * BLOCK_M).to(tl.int32)
-        first_row = first_m.to(INDEX_DTYPE) + zero
+        first_row = first_m.to(INDEX_DTYPE)
         first_n = (pid_n * PARTS_N * BLOCK_N).to(tl.int32)
 {% for i in range(PARTS_M) %}
         rows = first_row + {{i}} * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
@@ -149,7 +136,7 @@ TILE_ORDER
 {% else %}
             scale = a_scale_{{i}}[:, None] * b_scale_{{j}}[None, :]
 {% endif %}
-{% if i + j == 0 or SPECIALIZED %}
+{% if i + j == 0 %}
             product = tl.dot(a_{{i}}, b_{{j}}, out_dtype=tl.int32)
 {% else %}
             start = dot_{{i if j else i - 1}}_{{j - 1 if j else PARTS_N - 1}}.to(tl.int32, bitcast=True) & zero
@@ -195,7 +182,6 @@ def constants(config: BlockPersistentConfig, problem: Problem, device: Device, t
         "PARTS_M": config.parts_m,
         "PARTS_N": config.parts_n,
         "GROUP_M": config.group_m,
-        "SPECIALIZED": config.specialized,
         "NUM_SMS": device.multiprocessors * config.programs,
         "num_stages": config.num_stages,
         "num_warps": config.num_warps,

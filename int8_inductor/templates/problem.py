@@ -30,17 +30,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Device:
-    """shared_memory: bytes of shared memory that one block can have. multiprocessors: how many there are. tma: whether it has tensor descriptors.
-    hopper: whether Triton specializes warps as it does for compute capability 9.0.
-    """
+    """shared_memory: bytes of shared memory that one block can have. multiprocessors: how many there are. tma: whether it has tensor descriptors."""
 
     shared_memory: int
     multiprocessors: int
     tma: bool
-    hopper: bool = False
 
 
-INTERPRETER = Device(shared_memory=2**31, multiprocessors=2, tma=True, hopper=True)
+INTERPRETER = Device(shared_memory=2**31, multiprocessors=2, tma=True)
 """Triton's interpreter on a CPU: no limits, and few programs, so that each takes several tiles."""
 
 
