@@ -9,7 +9,9 @@ import inspect
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ __all__ = [
     "graph_breaks",
     "has_triton_package",
     "run_apart",
+    "run_of",
     "select_choice",
     "size_hint",
     "start_compiling",
+    "submit_to_compile_workers",
     "triton_version",
     "unchain",
     "wait_for_compile_workers",
@@ -171,9 +175,20 @@ def select_choice(name: str, choices: list[Any], inputs: list[Any], layout: Any)
 
 
 def chosen(box: Any, choices: list[Any]) -> int:
-    """Which of `choices`, Inductor's TritonTemplateCallers, a TensorBox of select_choice came from."""
-    render = box.data.data.make_kernel_render
-    return next(i for i, choice in enumerate(choices) if choice.make_kernel_render is render)
+    """Which of `choices`, Inductor's TritonTemplateCallers and ExternKernelCallers, a TensorBox of select_choice came from."""
+    buffer = box.data.data
+    if not hasattr(buffer, "make_kernel_render"):
+        return next(i for i, choice in enumerate(choices) if getattr(choice, "kwargs", None) is buffer.kwargs)
+    return next(i for i, choice in enumerate(choices) if getattr(choice, "make_kernel_render", None) is buffer.make_kernel_render)
+
+
+def run_of(choice: Any, *args: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
+    """What launches the kernel of a TritonTemplateCaller or ExternKernelCaller once."""
+    from torch._inductor.select_algorithm import ExternKernelCaller
+
+    if isinstance(choice, ExternKernelCaller):
+        return partial(choice.choice.to_callable(), *args, out=out, **choice.kwargs)
+    return choice.bmreq.make_run_fn(*args, out=out)  # type: ignore[no-any-return]
 
 
 def wait_for_compile_workers() -> None:
@@ -210,6 +225,16 @@ def start_compiling(choice: Any) -> None:
     if compiler.use_process_pool():
         source = Path(choice.bmreq.module_path).read_text()
         compiler.triton(kernel_name=choice.bmreq.kernel_name, source_code=source)
+
+
+def submit_to_compile_workers(fn: Callable[..., None], *args: Any) -> Future[None] | None:
+    """`fn(*args)` in one of Inductor's compile workers, which imports it by name; None where there are none."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    if not AsyncCompile.use_process_pool():
+        return None
+    future: Future[None] = AsyncCompile.process_pool().submit(fn, *args)
+    return future
 
 
 def triton_version() -> str:

@@ -8,11 +8,13 @@ Its clock is not used either: Inductor times a kernel behind 20 us of other work
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ._compat import chosen, select_choice, start_compiling, wait_for_compile_workers
+from ._compat import chosen, run_of, select_choice, start_compiling, wait_for_compile_workers
+from .gluon import program
+from .gluon.template import is_gluon
 from .templates.problem import Device, Problem
 from .templates.tail import Tail
 
@@ -29,8 +31,7 @@ def _median_ms(choice: Any, *args: Any, out: Any) -> float:
     """Milliseconds that a choice's kernel takes: the signature and unit of Inductor's ChoiceCaller.benchmark."""
     from triton.testing import do_bench
 
-    run: Callable[[], None] = choice.bmreq.make_run_fn(*args, out=out)
-    return float(do_bench(run, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
+    return float(do_bench(run_of(choice, *args, out=out), warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
 
 
 @dataclass(frozen=True)
@@ -103,4 +104,7 @@ def compile_ahead(kernels: Iterable[Kernel]) -> None:
         if kernel.kind not in seen:
             seen.add(kernel.kind)
             for choice in kernel.choices(kernel.candidates()):
-                start_compiling(choice)
+                if is_gluon(choice):
+                    program.start_compiling(**choice.kwargs)
+                else:
+                    start_compiling(choice)

@@ -25,6 +25,7 @@ from ._compat import size_hint
 from .ahead import KERNELS, compile_all_ahead
 from .autotune import Kernel, autotune
 from .explain import record_kernel
+from .gluon.program import CAPABILITY
 from .kernels import KernelPreference, parse, resolve
 from .products import PRODUCTS, Product
 from .templates import LOWERINGS, Lowering
@@ -97,8 +98,12 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cpu":
         return dataclasses.replace(INTERPRETER, tma=python_launches)
     properties: Any = torch.cuda.get_device_properties(device)
-    tma = properties.major >= 9 and python_launches
-    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count), tma)
+    return Device(
+        int(properties.shared_memory_per_block_optin),
+        int(properties.multi_processor_count),
+        tma=properties.major >= 9 and python_launches,
+        warpgroups=(properties.major, properties.minor) == CAPABILITY and python_launches,
+    )
 
 
 def has_ptx(device: torch.device) -> bool:
@@ -260,8 +265,9 @@ def _call(product: Product, operator: torch._ops.OpOverload, given: dict[str, An
 
 def _runs_triton(call: _Call) -> bool:
     preference = parse(call.given["kernel_preference"])
-    kernel = resolve(preference, call.given["a"].get_device())
-    expands = preference is KernelPreference.AUTO and call.lowering.expands(call.sizes)
+    device = call.given["a"].get_device()
+    kernel = resolve(preference, device)
+    expands = preference is KernelPreference.AUTO and call.lowering.expands(call.sizes, device_of(device))
     return kernel is KernelPreference.TRITON and not expands
 
 

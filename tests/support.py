@@ -101,8 +101,9 @@ def run(
 
 
 def launches(code: str) -> list[str]:
-    """The Triton kernels that a generated module launches, in order."""
-    return re.findall(r"^\s+(triton_\w+)\.run\(", code, re.M)
+    """The Triton kernels that a generated module launches, in order; those in Gluon count as a template's."""
+    calls = re.findall(r"^\s+(?:(triton_\w+)\.run|extern_kernels\.(int8_inductor_gluon))\(", code, re.M)
+    return [name or "triton_tem_gluon" for name, _ in calls]
 
 
 # float64, and how far float32 may be from it --------------------------------------------------------------------------------------

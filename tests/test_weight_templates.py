@@ -90,10 +90,10 @@ def test_where_the_weight_is_expanded() -> None:
 
     for name in NAMES[:3]:
         expands = LOWERINGS[name].expands
-        assert [expands(problem(m, 2)) for m in (1, EXPANDED_ROWS - 1, EXPANDED_ROWS, 8192)] == [False, False, True, True]
-        assert expands(problem(1, 4))
+        assert [expands(problem(m, 2), device) for m in (1, EXPANDED_ROWS - 1, EXPANDED_ROWS, 8192)] == [False, False, True, True]
+        assert expands(problem(1, 4), device)
         assert LOWERINGS[name].eager_kernel(problem(8192, 2)) == "aten.mm, the weight expanded to 33554432 bytes"
-    assert not any(LOWERINGS[name].expands(problem(8192, 1)) for name in NAMES[3:])
+    assert not any(LOWERINGS[name].expands(problem(8192, 1), device) for name in NAMES[3:])
 
 
 def test_many_rows_in_bfloat16_are_multiplied_with_the_expanded_weight() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..products.block_scaled_mm import BLOCK_SCALED_MM
-from . import block_persistent, block_tiled
+from . import block_persistent, block_tiled, hopper_blocks
 from .types import Lowering
 
 __all__ = ["LOWERING"]
@@ -31,7 +31,7 @@ def _eager(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, scale_block: 
 
 LOWERING = Lowering(
     BLOCK_SCALED_MM,
-    templates=(block_tiled, block_persistent),
+    templates=(block_tiled, block_persistent, hopper_blocks.BLOCK_SCALED_MM),
     eager=_eager,
     eager_kernel=lambda problem: "aten.mm of dequantized blocks",
     loop=("a_scale", "b_scale"),

@@ -30,11 +30,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Device:
-    """shared_memory: bytes of shared memory that one block can have. multiprocessors: how many there are. tma: whether it has tensor descriptors."""
+    """shared_memory: bytes of shared memory that one block can have. multiprocessors: how many there are. tma: whether it has tensor descriptors.
+    warpgroups: whether it has Hopper's products of four warps, and this process can write kernels for them.
+    """
 
     shared_memory: int
     multiprocessors: int
     tma: bool
+    warpgroups: bool = False
 
 
 INTERPRETER = Device(shared_memory=2**31, multiprocessors=2, tma=True)

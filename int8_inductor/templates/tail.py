@@ -200,13 +200,16 @@ class Tail:
             *self._round_lines(),
         ]
 
-    def source(self, indent: int) -> str:
-        """The text from `dot` to the store, `indent` spaces into a kernel's body."""
+    def statements(self) -> list[str]:
+        """From `dot` to the tile `y` that is stored."""
         lines = self._accumulator_lines()
         if self.out_scale:
             lines += [f"t = y * (1.0 / {self._load('out_scale')})", *self._round_lines()]
-        if self.block_size:
-            lines += self._block_lines()
+        return lines + (self._block_lines() if self.block_size else [])
+
+    def source(self, indent: int) -> str:
+        """The text from `dot` to the store, `indent` spaces into a kernel's body."""
+        lines = self.statements()
         lines += ["idx_m = rm[:, None]", "idx_n = rn[None, :]", "mask = (idx_m < M) & (idx_n < N)"]
         store = f'("idx_m", "idx_n"), "y", "mask", indent_width={indent}, val_shape=("BLOCK_M", "BLOCK_N")'
         lines.append(f"{{{{store_output({store})}}}}")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..products import Product
-from .problem import Problem
+from .problem import Device, Problem
 
 __all__ = ["Lowering"]
 
@@ -19,7 +19,7 @@ def no_groups(operands: Mapping[str, Any]) -> tuple[int, ...]:
     return ()
 
 
-def never(problem: Problem) -> bool:
+def never(problem: Problem, device: Device) -> bool:
     """`Lowering.expands` of a product whose templates are always faster."""
     return False
 
@@ -30,7 +30,7 @@ class Lowering:
 
     templates: modules, each a main loop. loop: names of the operands, besides a and b, that the main loops read: whole, in this order, after A and B.
     The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what eager_kernel(problem) names,
-    compiled for KernelPreference.TORCH, and for AUTO where expands(problem) says so. groups(operands): Problem.groups, from the product's operands by
+    compiled for KernelPreference.TORCH, and for AUTO where expands(problem, device) says so. groups(operands): Problem.groups, from the product's operands by
     name, as Inductor's boxes and numbers.
     """
 
@@ -40,4 +40,4 @@ class Lowering:
     eager_kernel: Callable[[Problem], str]
     loop: tuple[str, ...] = ()
     groups: Callable[[Mapping[str, Any]], tuple[int, ...]] = no_groups
-    expands: Callable[[Problem], bool] = never
+    expands: Callable[[Problem, Device], bool] = never

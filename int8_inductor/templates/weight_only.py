@@ -16,7 +16,9 @@ from torch import Tensor
 from ..int4 import dequantize_groups, unpack_int4
 from ..products.int8_int4 import INT8_INT4_GROUP_MM, INT8_INT4_MM
 from ..products.weight_only import WEIGHT_INT4_MM, WEIGHT_INT8_GROUP_MM, WEIGHT_INT8_MM
-from .problem import Problem
+from . import hopper_weights
+from .hopper_blocks import INT8_INT4_MM as HOPPER_INT8_INT4
+from .problem import Device, Problem
 from .types import Lowering
 from .weight_formats import INT4, INT8, INT8_GROUPS, INT8_INT4, INT8_INT4_GROUPS, Weight
 from .weight_split import SplitConfig, WeightSplit
@@ -117,9 +119,19 @@ EXPANDED_ROWS = 192
 0.75 / 0.76 at 1024, 0.91 at 4096, 0.96 at 8192; the templates stay at 0.4 to 0.6."""
 
 
-def _expands(problem: Problem) -> bool:
+HOPPER_EXPANDED_ROWS = 4096
+"""The same where hopper_weights.py has a template: int8 0.6 to 0.8 at M = 256, 0.72 to 0.92 at 1024, 0.90 at 4096."""
+
+
+def _expands(problem: Problem, device: Device) -> bool:
     """For many rows, and for float32 activations, which tensor cores do not multiply."""
     return problem.a_bytes == 4 or problem.m >= EXPANDED_ROWS
+
+
+def _int8_expands(problem: Problem, device: Device) -> bool:
+    """The same, later where a template converts the weight in registers."""
+    hopper = device.warpgroups and problem.a_bytes == 2 and problem.k % 16 == 0
+    return _expands(problem, device) and not (hopper and problem.m < HOPPER_EXPANDED_ROWS)
 
 
 def _memory(problem: Problem) -> str:
@@ -138,9 +150,11 @@ def _templates(weight: Weight, tiles: tuple[WeightConfig, ...], *, vector: bool 
 
 _IN_GROUPS: dict[str, Any] = {"loop": ("b_scale",), "groups": _group}
 LOWERINGS = (
-    Lowering(WEIGHT_INT8_MM, _templates(INT8, INT8_CONFIGS, vector=True), _expand_int8, _memory, expands=_expands),
+    Lowering(
+        WEIGHT_INT8_MM, (*_templates(INT8, INT8_CONFIGS, vector=True), hopper_weights), _expand_int8, _memory, expands=_int8_expands
+    ),
     Lowering(WEIGHT_INT8_GROUP_MM, _templates(INT8_GROUPS, GROUP_CONFIGS, vector=True), _expand_int8_groups, _memory, expands=_expands, **_IN_GROUPS),
     Lowering(WEIGHT_INT4_MM, _templates(INT4, GROUP_CONFIGS, vector=True), _expand_int4, _memory, expands=_expands, **_IN_GROUPS),
-    Lowering(INT8_INT4_MM, _templates(INT8_INT4, INT8_INT4_CONFIGS), _expand_int8_int4, _memory, **_IN_GROUPS),
+    Lowering(INT8_INT4_MM, (*_templates(INT8_INT4, INT8_INT4_CONFIGS), HOPPER_INT8_INT4), _expand_int8_int4, _memory, **_IN_GROUPS),
     Lowering(INT8_INT4_GROUP_MM, _templates(INT8_INT4_GROUPS, LOW_REGISTERS), _expand_both, _memory, loop=("a_scale", "b_scale"), groups=_group),
 )

@@ -1,0 +1,143 @@
+"""A Gluon kernel at run time: its text and launch, compiled once a process, found in Triton's cache by the next."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._compat import submit_to_compile_workers
+from ..expand_int4 import expand_int4
+from . import compiling
+
+__all__ = ["CAPABILITY", "Box", "Launch", "compile_program", "run", "start_compiling"]
+
+CAPABILITY = (9, 0)
+"""The compute capability that has wgmma."""
+ALIGNMENT = 16
+TRITON_NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Box:
+    """What one tensor descriptor copies at a time: rows and columns of elements of a dtype (by its name in torch), swizzled over `swizzle` bytes."""
+
+    rows: int
+    columns: int
+    dtype: str
+    swizzle: int
+
+    @property
+    def element(self) -> torch.dtype:
+        """The dtype that the tensor is viewed as."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def layout(self) -> Any:
+        """The layout of a box in shared memory."""
+        from triton.experimental.gluon.language import NVMMASharedLayout
+
+        return NVMMASharedLayout(swizzle_byte_width=self.swizzle, element_bitwidth=8 * self.element.itemsize, rank=2)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched. Its arguments are a descriptor for each of `boxes`, the other tensors, the result, and M.
+
+    arguments: dtypes of the other tensors and of the result, by torch's names. tile: rows and columns of the result that a program takes at a time.
+    columns: of the result. programs: how many share a multiprocessor. max_registers: a thread's, or None for what fits. unpack: whether the second
+    operand is packed int4, which is unpacked to int8 in memory first.
+    """
+
+    boxes: tuple[Box, ...]
+    arguments: tuple[str, ...]
+    tile: tuple[int, int]
+    columns: int
+    programs: int
+    max_registers: int | None = None
+    unpack: bool = False
+
+    def to_json(self) -> str:
+        """As a constant in generated code."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    @functools.cache
+    def from_json(cls, text: str) -> Launch:
+        """What `to_json` wrote."""
+        fields = json.loads(text)
+        boxes = tuple(Box(**each) for each in fields.pop("boxes"))
+        return cls(boxes=boxes, arguments=tuple(fields.pop("arguments")), tile=tuple(fields.pop("tile")), **fields)
+
+
+def _arguments(source: str, launch: str) -> tuple[Any, ...]:
+    """Those of compile_kernel. Only the result, which Inductor allocates, is promised to begin at a multiple of 16 bytes."""
+    how = Launch.from_json(launch)
+    types = [f"tensordesc<{TRITON_NAMES[box.element]}[{box.rows}, {box.columns}],{box.layout()!r}>" for box in how.boxes]
+    types += [f"*{TRITON_NAMES[getattr(torch, dtype)]}" for dtype in how.arguments]
+    options: dict[str, Any] = {"num_warps": 4} | ({} if how.max_registers is None else {"maxnreg": how.max_registers})
+    signature = {str(index): each for index, each in enumerate([*types, "i32"])}
+    return source, signature, {len(types) - 1: ALIGNMENT}, 10 * CAPABILITY[0] + CAPABILITY[1], options
+
+
+def compile_program(source: str, launch: str) -> Any:
+    """Compile a kernel, on any machine."""
+    return compiling.compile_kernel(*_arguments(source, launch))
+
+
+_UNDER_WAY: dict[tuple[str, str], Future[None]] = {}
+"""What compile workers were given and nobody has asked for yet."""
+
+
+def start_compiling(source: str, launch: str) -> None:
+    """Hand a kernel to Inductor's compile workers, where there are any."""
+    if (source, launch) not in _UNDER_WAY:
+        call = f"compile_kernel{_arguments(source, launch)!r}"
+        future = submit_to_compile_workers(exec, f"{inspect.getsource(compiling)}\n{call}\n", {})
+        if future is not None:
+            _UNDER_WAY[source, launch] = future
+
+
+@functools.cache
+def _compiled(source: str, launch: str, device: torch.device) -> tuple[Any, Launch, int]:
+    """The kernel, loaded on `device`; its launch; how many multiprocessors there are."""
+    if (under_way := _UNDER_WAY.pop((source, launch), None)) is not None:
+        under_way.result()
+    properties: Any = torch.cuda.get_device_properties(device)
+    return compile_program(source, launch), Launch.from_json(launch), int(properties.multi_processor_count)
+
+
+def _descriptor(t: Tensor, box: Box) -> Any:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    viewed = t if t.dtype == box.element else t.view(box.element)
+    return TensorDescriptor(viewed, list(viewed.shape), [viewed.stride(0), 1], [box.rows, box.columns], box.layout())
+
+
+def run(*operands: Tensor, source: str, launch: str, out: Tensor) -> Tensor:
+    """Launch the kernel `source` on its operands, those that descriptors name first; writes and returns `out` [M, N].
+
+    ValueError when `out` does not begin at a multiple of 16 bytes.
+    """
+    if out.numel() == 0:
+        return out
+    if out.data_ptr() % ALIGNMENT:
+        raise ValueError(f"out must begin at a multiple of {ALIGNMENT} bytes, got address {out.data_ptr():#x}")
+    compiled, how, multiprocessors = _compiled(source, launch, out.device)
+    if how.unpack:
+        operands = (operands[0], expand_int4(operands[1]), *operands[2:])
+    m, count = out.shape[0], len(how.boxes)
+    tiles = -(-m // how.tile[0]) * -(-how.columns // how.tile[1])
+    descriptors = [_descriptor(*pair) for pair in zip(operands[:count], how.boxes, strict=True)]
+    with torch.cuda.device(out.device):
+        compiled[(min(tiles, how.programs * multiprocessors), 1, 1)](*descriptors, *operands[count:], out, m)
+    return out

@@ -1,0 +1,117 @@
+"""The template of weight-only INT8 for Hopper: the weight goes from shared memory through registers, as bfloat16 or float16, into the tensor cores.
+
+The product lies transposed, as only a left operand may come from registers. A trip of the loop converts the weights of the second step while the
+first is multiplied. Pairs of int8 are read as one int16, and come out as the pair of floats that a tensor core's register holds: nothing is moved
+between threads. On an H200, against cuBLAS with a bfloat16 weight: 1024 x 28672 x 4096 0.92, 4096 x 6144 x 4096 0.90, 64 x 28672 x 4096 1.24; the
+tiled template 0.59 at M = 1024. What is left of it is waves: 192 tiles of 256 rows on 132 multiprocessors for 1024 x 6144 x 4096, 0.72.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..gluon.program import Box
+from ..gluon.template import GluonTemplate
+from . import hopper
+from .hopper import HopperConfig, Loop
+from .problem import Device, Problem
+from .tail import Tail
+
+__all__ = ["CONFIGS", "LOOP", "is_legal", "template"]
+
+# bfloat16 of an int8 v: the byte in the mantissa of 128 is 128 + (v & 127); what is too much, 128 or, for a negative v, 256, has v's sign bit in the
+# same place. float16 has room for v + 128 in the mantissa of 1024.
+_FUNCTIONS = '''
+
+@gluon.jit
+def floats(pairs, dtype: tl.constexpr):
+    """int16 of two int8 -> int32 of two floats."""
+    if dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, c, d, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xBF80BF80;
+            prmt.b32 a, $2, 0x43434343, 0x4140; prmt.b32 b, $2, 0x43434343, 0x4342;
+            and.b32 c, a, 0xFF80FF80; and.b32 d, b, 0xFF80FF80; and.b32 a, a, 0xFF7FFF7F; and.b32 b, b, 0xFF7FFF7F;
+            fma.rn.bf16x2 $0, c, less, a; fma.rn.bf16x2 $1, d, less, b; }""",
+            "=&r,=&r,r", [pairs], dtype=tl.int32, is_pure=True, pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 t, u;
+            xor.b32 t, $2, 0x80808080; mov.b32 u, 0x64806480;
+            prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342;
+            sub.rn.f16x2 $0, $0, u; sub.rn.f16x2 $1, $1, u; }""",
+            "=&r,=&r,r", [pairs], dtype=tl.int32, is_pure=True, pack=2,
+        )
+
+
+@gluon.jit
+def operand(box, dtype: tl.constexpr):
+    """The weights of a box [ROWS, 32] of pairs, as a left operand in registers."""
+    PAIRS: tl.constexpr = tl.DistributedLinearLayout(
+        reg_bases=[[8, 0], [0, 4], [0, 8], [0, 16]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 32],
+    )
+    words = floats(box.load(PAIRS), dtype)
+    low = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.convert_layout(tl.reshape(tl.join(low, high), [64, 64]), tl.DotOperandLayout(0, L, 2), assert_trivial=True)
+'''
+
+# Past K both boxes are zeros.
+_TEXT = """dot = tl.zeros((ROWS, COLUMNS), tl.float32, L)
+for trip in range(0, TRIPS):
+    mbarrier.wait(ready.index(stage), phase)
+    weights = operand(left_boxes.index(stage * PARTS + PART), right_boxes.dtype)
+    dot = warpgroup_mma(weights, right_boxes.index(stage).permute((1, 0)), dot, is_async=True)
+    first_stage = stage
+    stage, phase = advance(stage, phase)
+    mbarrier.wait(ready.index(stage), phase)
+    weights = operand(left_boxes.index(stage * PARTS + PART), right_boxes.dtype)
+    dot = warpgroup_mma(weights, right_boxes.index(stage).permute((1, 0)), dot, is_async=True)
+    dot = warpgroup_mma_wait(0, deps=[dot])
+    mbarrier.arrive(free.index(first_stage), count=1)
+    mbarrier.arrive(free.index(stage), count=1)
+    stage, phase = advance(stage, phase)"""
+
+LOOP = Loop(
+    "int8_weight_mm_hopper",
+    _TEXT,
+    left=Box(0, 32, "int16", 64),
+    right=Box(0, 64, "bfloat16", 128),
+    k=64,
+    instruction_k=16,
+    steps=2,
+    transposed=True,
+    functions=_FUNCTIONS,
+)
+
+CONFIGS = (
+    HopperConfig(64, 2, 256, 4),
+    HopperConfig(64, 2, 128, 8),
+    HopperConfig(64, 2, 64, 12),
+)
+LEAST_ROWS = 33
+"""From so many rows of the activation on."""
+
+
+def is_legal(config: HopperConfig, problem: Problem, device: Device, tail: Tail) -> bool:
+    """Whether the device can run it with that tail, beside activations in two bytes; see hopper.is_legal."""
+    return problem.a_bytes == 2 and hopper.is_legal(LOOP, config, problem, device, tail)
+
+
+def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[HopperConfig]:
+    """The configs worth timing: legal, two of those whose tiles are not mostly padding; the largest tiles for many rows."""
+    legal = [config for config in CONFIGS if is_legal(config, problem, device, tail) and hopper.useful(LOOP, config, problem)]
+    return legal[:2] if problem.m >= LEAST_ROWS else []
+
+
+@functools.cache
+def template(tail: Tail) -> GluonTemplate:
+    """The template with that tail."""
+    return hopper.hopper_template(LOOP, tail)
+
+
+def constants(config: HopperConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, Any]:
+    """The constants of a kernel."""
+    return hopper.launch_constants(LOOP, config, problem)

@@ -1,0 +1,133 @@
+"""Kernels in Gluon for the tests of their machine code: rendered for operands that are sizes alone, and compiled in a process of their own.
+
+Run as a program it is the compiling half, free of Triton's interpreter: `python hopper_cases.py JOBS RESULTS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from int8_inductor.templates import hopper, hopper_blocks, hopper_scaled_mm, hopper_weights
+from int8_inductor.templates.problem import Device, Problem
+from int8_inductor.templates.tail import COLUMN, CONSTANT, OF_EACH_WEIGHT, ROW, SCALAR, Indexing, Tail
+
+H200 = Device(227 * 1024, 132, tma=True, warpgroups=True)
+FAST = dataclasses.replace(Tail.of({"a_scale": ROW, "b_scale": COLUMN}), fast=True, ptx=True)
+LONGEST = dataclasses.replace(FAST, bias=COLUMN, activation="gelu", out_scale=SCALAR, out_zero_point=CONSTANT)
+SIDE_BY_SIDE = dataclasses.replace(FAST, b_scale=OF_EACH_WEIGHT, bias=OF_EACH_WEIGHT, activations=("silu", "none", "gelu_tanh"))
+M, N, K = 4096, 1024, 4096
+
+
+@dataclass(frozen=True)
+class Job:
+    """A template's module or object, a config of it, a tail, and the activation's dtype."""
+
+    template: Any
+    config: hopper.HopperConfig
+    tail: Tail
+    dtype: torch.dtype = torch.int8
+
+    @property
+    def loop(self) -> hopper.Loop:
+        return getattr(self.template, "LOOP", None) or self.template.loop  # type: ignore[no-any-return]
+
+    def program(self) -> tuple[str, str]:
+        """The kernel's text and its launch."""
+        count = self.tail.weights.count
+        groups = (128,) if self.template in (hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.INT8_INT4_MM) else ()
+        problem = Problem(M, N * count, K, K, tma=True, groups=groups, a_bytes=self.dtype.itemsize)
+        assert self.template.is_legal(self.config, problem, H200, self.tail), self
+        template = self.template.template(self.tail)
+        boxes = [_box(name, self.dtype, self.loop, self.tail) for name in template.names]
+        constants = self.template.constants(self.config, problem, H200, self.tail)
+        constants |= {name.upper(): "3.0" for name, indexing in self.tail.operands().items() if indexing is CONSTANT}
+        out = SimpleNamespace(dtype=torch.int8 if self.tail.out_scale else torch.bfloat16, size=[M, N * count])
+        return template.render(boxes, constants), template.launch(boxes, out, constants).to_json()
+
+
+def _box(name: str, dtype: torch.dtype, loop: hopper.Loop, tail: Tail) -> Any:
+    """What the template asks of an operand's layout."""
+    plain = name.rstrip("_0123456789")
+    in_loop = {"A_SCALE": [M, K // 128], "B_SCALE": [N, K // 128]}
+    rows = {ROW: [M], COLUMN: [N], SCALAR: [1], OF_EACH_WEIGHT: [N]}
+    if plain in ("A", "B"):
+        size, dtype = [M if plain == "A" else N, K], dtype if plain == "A" else torch.uint8 if loop.unpack else torch.int8
+    else:
+        indexing: Indexing | None = tail.operands().get(plain.lower())
+        size, dtype = in_loop[plain] if plain in loop.operands else rows[indexing], torch.float32  # type: ignore[index]
+    stride = [size[1], 1] if len(size) == 2 else [1]
+    return SimpleNamespace(get_size=lambda: size, get_stride=lambda: stride, get_dtype=lambda: dtype)
+
+
+JOBS = [
+    *(Job(hopper_scaled_mm, config, tail) for config in hopper_scaled_mm.CONFIGS for tail in (FAST, LONGEST, SIDE_BY_SIDE)),
+    *(Job(hopper_blocks.BLOCK_SCALED_MM, config, dataclasses.replace(LONGEST, a_scale=None, b_scale=None)) for config in hopper_blocks.CONFIGS),
+    *(Job(hopper_blocks.INT8_INT4_MM, config, dataclasses.replace(LONGEST, b_scale=None)) for config in hopper_blocks.CONFIGS),
+    *(Job(hopper_weights, config, dataclasses.replace(LONGEST, a_scale=None), torch.bfloat16) for config in hopper_weights.CONFIGS),
+]
+
+
+@dataclass(frozen=True)
+class Code:
+    """mma: its instructions, as PTX names them. waits: how many products may be in flight after each wait, as they stand. serialized: whether the
+    assembler says that it made products wait for one another.
+    """
+
+    shared: int
+    registers: int
+    stack: int
+    mma: list[str]
+    waits: list[int]
+    serialized: bool
+
+
+def compile_jobs(jobs: Sequence[Job]) -> list[Code]:
+    """Compile `jobs` in one process without the interpreter."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = Path(folder, "jobs.json"), Path(folder, "results.json")
+        inputs.write_text(json.dumps([job.program() for job in jobs]))
+        command = [sys.executable, __file__, str(inputs), str(outputs)]
+        done = subprocess.run(command, env=env | {"TRITON_CACHE_DIR": folder}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [Code(**each) for each in json.loads(outputs.read_text())]
+
+
+def _measure(source: str, launch: str, folder: str) -> Code:
+    import triton.backends.nvidia
+
+    from int8_inductor.gluon import program
+
+    compiled = program.compile_program(source, launch)
+    ptx, tools = compiled.asm["ptx"], Path(triton.backends.nvidia.__file__).parent / "bin"
+    file = Path(folder, "kernel.ptx")
+    file.write_text(ptx)
+    command = [str(tools / "ptxas"), "-arch=sm_90a", "-v", str(file), "-o", str(file.with_suffix(".cubin"))]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (registers,), (stack,) = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes stack frame", said)
+    mma = sorted(set(re.findall(r"\bwgmma\.mma_async[\w.]*", ptx)))
+    waits = [int(each) for each in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)]
+    return Code(compiled.metadata.shared, int(registers), int(stack), mma, waits, "serialized" in said)
+
+
+def main(inputs: str, outputs: str) -> None:
+    """Compile the jobs in the file `inputs` and write what came out to `outputs`."""
+    folder = str(Path(inputs).parent)
+    Path(outputs).write_text(json.dumps([dataclasses.asdict(_measure(*each, folder)) for each in json.loads(Path(inputs).read_text())]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

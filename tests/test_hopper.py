@@ -1,0 +1,208 @@
+"""The templates for Hopper: every config on a GPU against float64, its machine code without one, and what is legal."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from block_cases import BlockCase
+from hopper_cases import FAST, H200, JOBS, compile_jobs
+from kernel_cases import Case, out_scale
+from support import check_float, check_int8
+from weight_cases import WeightCase
+
+from int8_inductor import autotune
+from int8_inductor.gluon import program
+from int8_inductor.gluon.program import Box, Launch
+from int8_inductor.gluon.template import swapped
+from int8_inductor.templates import LOWERINGS, hopper, hopper_blocks, hopper_scaled_mm, hopper_weights
+from int8_inductor.templates.problem import Problem
+from int8_inductor.templates.tail import COLUMN, ROW, Tail
+
+gpu = pytest.mark.gpu
+TEMPLATES = {
+    "scaled_mm": hopper_scaled_mm,
+    "block_scaled_mm": hopper_blocks.BLOCK_SCALED_MM,
+    "int8_int4_mm": hopper_blocks.INT8_INT4_MM,
+    "weight_int8_mm": hopper_weights,
+}
+
+
+@contextmanager
+def only(product: str, config: hopper.HopperConfig) -> Iterator[None]:
+    """Lower `product` to one config of its template for Hopper, whatever the sizes."""
+
+    class One:
+        """The template, with one candidate."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(TEMPLATES[product], name)
+
+        def candidates(self, problem: Problem, device: Any, tail: Tail, *, thorough: bool) -> list[hopper.HopperConfig]:
+            assert TEMPLATES[product].is_legal(config, problem, device, tail)
+            return [config]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LOWERINGS, product, dataclasses.replace(LOWERINGS[product], templates=(One(),)))
+        patch.setattr(autotune, "_WINNERS", {})
+        yield
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------------------
+
+CASES = [
+    # One tile and not whole; several tiles a program, ragged on every side; K of one step, of an odd number of them, and not whole.
+    (70, 50, 128), (1, 128, 16), (1030, 1000, 400), (4500, 1016, 912), (257, 4100, 48),
+]  # fmt: skip
+
+
+def _cases(*templates: str) -> Any:
+    configs = {"scaled_mm": hopper_scaled_mm.CONFIGS, "weight_int8_mm": hopper_weights.CONFIGS}
+    pairs = [(name, config) for name in templates for config in configs.get(name, hopper_blocks.CONFIGS)]
+    return pytest.mark.parametrize(("product", "config"), pairs, ids=str)
+
+
+@gpu
+@pytest.mark.parametrize(("m", "n", "k"), CASES)
+@_cases("scaled_mm")
+def test_scaled_mm(product: str, config: hopper.HopperConfig, m: int, n: int, k: int) -> None:
+    for activation, bias, rows in (("none", None, False), ("gelu", torch.bfloat16, True), ("silu", torch.float32, True)):
+        case = Case(m, n, k, bias=bias, activation=activation, a_rows=rows, device="cuda")
+        with only(product, config):
+            compiled = case.scaled_mm("triton", store={"out_dtype": torch.bfloat16})
+            assert compiled.kernels == ["triton_tem_gluon"]
+            check_float(compiled.output, case.want(narrow=True))
+            want = case.want(narrow=True)
+            scale = out_scale(case, want, per_row=rows)
+            check_int8(case.scaled_mm("triton", store={"out_scale": scale}).output, want, scale)
+
+
+@gpu
+@pytest.mark.parametrize(("m", "n", "k"), CASES)
+@_cases("block_scaled_mm")
+def test_block_scaled_mm(product: str, config: hopper.HopperConfig, m: int, n: int, k: int) -> None:
+    for activation, bias in (("none", None), ("gelu", torch.bfloat16)):
+        case = BlockCase(m, n, k, scale_block=128, bias=bias, activation=activation, device="cuda")
+        with only(product, config):
+            compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
+            assert compiled.kernels == ["triton_tem_gluon"]
+            check_float(compiled.output, case.want(narrow=True))
+
+
+@gpu
+@pytest.mark.parametrize(("m", "n", "k"), CASES)
+@_cases("int8_int4_mm", "weight_int8_mm")
+def test_weights(product: str, config: hopper.HopperConfig, m: int, n: int, k: int) -> None:
+    for activation, bias, dtype in (("none", None, torch.bfloat16), ("gelu", torch.bfloat16, torch.float16)):
+        case = WeightCase(product, m, n, k, -(-k // 128), 128, a_dtype=dtype, bias=bias, activation=activation, device="cuda")
+        with only(product, config):
+            compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
+            assert compiled.kernels == ["triton_tem_gluon"]
+            check_float(compiled.output, case.want(narrow=True))
+
+
+@gpu
+def test_symbolic_rows() -> None:
+    """One compilation, a launch for whatever M is, none for no rows."""
+    case = Case(640, 256, 256, device="cuda")
+    tensors = {name: t.cuda() for name, t in case.operands().items()}
+
+    def fn(a: torch.Tensor, a_scale: torch.Tensor) -> torch.Tensor:
+        return torch.ops.int8_inductor.scaled_mm(a, tensors["b"], a_scale, tensors["b_scale"], out_dtype=torch.bfloat16, kernel_preference="triton")
+
+    with only("scaled_mm", hopper_scaled_mm.CONFIGS[0]), torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(fn, backend="int8_inductor", dynamic=False)
+        for m in (640, 3, 1999):
+            case.m = m
+            rows = [case.operands()[name].cuda() for name in ("a", "a_scale")]
+            for each in rows:
+                torch._dynamo.mark_dynamic(each, 0)
+            want = (rows[0].double() @ tensors["b"].double().t()) * rows[1].double() * tensors["b_scale"].double()
+            torch.testing.assert_close(compiled(*rows).double(), want, rtol=2**-8, atol=1e-30)
+
+
+@gpu
+def test_a_result_that_is_not_aligned_is_refused() -> None:
+    out = torch.empty(65, dtype=torch.int8, device="cuda")[1:].view(8, 8)
+    with pytest.raises(ValueError, match="out must begin at a multiple of 16 bytes, got address 0x"):
+        program.run(source="", launch="", out=out)
+
+
+# Machine code ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_machine_code() -> None:
+    """Every config with a plain tail and with the longest: on sm_90's own tensor-core instruction, in flight, within registers and shared memory."""
+    for job, code in zip(JOBS, compile_jobs(JOBS), strict=True):
+        loop = job.loop
+        instruction = "s32.s8.s8" if loop.instruction_k == 32 else "f32.bf16.bf16"
+        assert code.mma, job
+        assert all(each.startswith("wgmma.mma_async") and each.endswith(instruction) for each in code.mma), (job, code.mma)
+        assert (code.stack, code.serialized) == (0, False), (job, code)
+        assert code.shared <= loop.shared_memory(job.config), (job, code)
+        assert job.config.programs * (code.shared + 1024) <= 228 * 1024, (job, code)
+        # What stays in flight: the newest product, or none while an operand in registers is made anew.
+        assert code.waits[0] == (0 if loop is hopper_weights.LOOP else 1), (job, code)
+
+
+# Without a GPU --------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_legal() -> None:
+    """Descriptors, a static K, results of two bytes or one, no sums for a zero point, no scales to store; and Hopper."""
+    problem = Problem(4096, 4096, 4096, 4096, tma=True)
+    config, tail = hopper_scaled_mm.CONFIGS[0], FAST
+    assert hopper_scaled_mm.is_legal(config, problem, H200, tail)
+    for changed in (
+        dataclasses.replace(problem, tma=False),
+        dataclasses.replace(problem, static_k=None),
+        dataclasses.replace(problem, side_by_side=(4000, 96)),
+    ):
+        assert not hopper_scaled_mm.is_legal(config, changed, H200, tail)
+    for changed in (
+        dataclasses.replace(tail, fast=False),
+        dataclasses.replace(tail, a_zero_point=ROW),
+        dataclasses.replace(tail, block_size=128),
+    ):
+        assert not hopper_scaled_mm.is_legal(config, problem, H200, changed)
+    for device in (dataclasses.replace(H200, warpgroups=False), dataclasses.replace(H200, shared_memory=99 * 1024)):
+        assert not hopper_scaled_mm.is_legal(config, problem, device, tail)
+    for template, groups in itertools.product((hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.INT8_INT4_MM), (32, 64, 128)):
+        assert template.is_legal(hopper_blocks.CONFIGS[0], dataclasses.replace(problem, groups=(groups,)), H200, tail) is (groups == 128)
+    weights = dataclasses.replace(problem, a_bytes=2)
+    assert hopper_weights.is_legal(hopper_weights.CONFIGS[0], weights, H200, tail)
+    assert not hopper_weights.is_legal(hopper_weights.CONFIGS[0], dataclasses.replace(weights, a_bytes=4), H200, tail)
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 100, 256, 6304])
+def test_candidates_are_few_and_not_mostly_padding(m: int) -> None:
+    for name, template in TEMPLATES.items():
+        groups = (128,) if "block" in name or "int4" in name else ()
+        problem = Problem(m, 4096, 4096, 4096, tma=True, groups=groups, a_bytes=2 if name == "weight_int8_mm" else 1)
+        found = template.candidates(problem, H200, FAST, thorough=True)
+        assert len(found) <= 2
+        assert bool(found) is (m >= {"scaled_mm": 65, "weight_int8_mm": 33}.get(name, 256))
+
+
+def test_a_transposed_tail() -> None:
+    lines = ["x = dot * tl.load(A_SCALE + ram)[:, None] * tl.load(B_SCALE + rbn)[None, :]", "y = x"]
+    assert swapped(lines) == ["x = dot * tl.load(A_SCALE + ram)[None, :] * tl.load(B_SCALE + rbn)[:, None]", "y = x"]
+    assert swapped(swapped(lines)) == lines
+
+
+def test_a_launch_as_text() -> None:
+    how = Launch((Box(64, 128, "int8", 128), Box(128, 32, "int16", 64)), ("float32", "bfloat16"), (128, 256), 4096, 2, 128, unpack=True)
+    assert Launch.from_json(how.to_json()) == how
+
+
+def test_a_tail_with_constants_and_several_weights() -> None:
+    """A constant is a literal of the module; each weight has its descriptor, and no tile spans two."""
+    tail = dataclasses.replace(FAST, a_scale=None, bias=COLUMN)
+    template = hopper_scaled_mm.template(tail)
+    assert template.names == ("A", "B", "B_SCALE", "BIAS")
+    assert "tl.load(BIAS + rbn *" in template.source
