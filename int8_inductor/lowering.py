@@ -139,6 +139,12 @@ def problem_of(a: Any, *weights: Any, groups: tuple[int, ...] = ()) -> Problem:
     )
 
 
+def _with_known_strides(problem: Problem, boxes: list[Any]) -> Problem:
+    """`problem`, without tensor descriptors where a stride of what else the kernel reads is symbolic: those templates write strides as numbers."""
+    known = all(isinstance(stride, (int, sympy.Integer)) for box in boxes for stride in box.get_stride())
+    return problem if known else dataclasses.replace(problem, tma=False)
+
+
 def is_thorough() -> bool:
     """Whether every legal config is to be timed."""
     from torch._inductor import config as inductor_config
@@ -209,7 +215,7 @@ def _kernel(call: _Call, scales: Any = None) -> Kernel:
         name=call.name,
         templates=lowering.templates,
         tail=call.tail(indexings, ptx=has_ptx(device)),
-        problem=problem_of(a, b, groups=lowering.groups(call.operands)),
+        problem=_with_known_strides(problem_of(a, b, groups=lowering.groups(call.operands)), inputs[2:]),
         device=device_of(device),
         inputs=inputs + mutated,
         layout=ir.FixedLayout(device, call.dtype, [a.get_size()[0], b.get_size()[-2]]),

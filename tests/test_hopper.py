@@ -55,55 +55,61 @@ def only(product: str, config: hopper.HopperConfig) -> Iterator[None]:
 
 # On a GPU -------------------------------------------------------------------------------------------------------------------------
 
+# (M, N, K), activation, dtype of the bias, whether scales are rows', of int8 results. Tiles that are not whole, one and more than there are
+# programs; K of one step, of an odd number of them, and not whole.
 CASES = [
-    # One tile and not whole; several tiles a program, ragged on every side; K of one step, of an odd number of them, and not whole.
-    (70, 50, 128), (1, 128, 16), (1030, 1000, 400), (4500, 1016, 912), (257, 4100, 48),
-]  # fmt: skip
+    ((70, 50, 128), "none", None, False),
+    ((1, 128, 16), "relu", torch.float32, True),
+    ((257, 4100, 48), "gelu", torch.bfloat16, False),
+    ((4500, 1016, 912), "silu", torch.float32, True),
+    ((1030, 1000, 400), "gelu_tanh", torch.bfloat16, True),
+]
+CONFIGS = {"scaled_mm": hopper_scaled_mm.CONFIGS, "weight_int8_mm": hopper_weights.CONFIGS}
 
 
 def _cases(*templates: str) -> Any:
-    configs = {"scaled_mm": hopper_scaled_mm.CONFIGS, "weight_int8_mm": hopper_weights.CONFIGS}
-    pairs = [(name, config) for name in templates for config in configs.get(name, hopper_blocks.CONFIGS)]
-    return pytest.mark.parametrize(("product", "config"), pairs, ids=str)
+    pairs = [(name, config) for name in templates for config in CONFIGS.get(name, hopper_blocks.CONFIGS)]
+    every = [(*pair, *case) for pair in pairs for case in CASES]
+    return pytest.mark.parametrize(("product", "config", "sizes", "activation", "bias", "rows"), every, ids=str)
 
 
 @gpu
-@pytest.mark.parametrize(("m", "n", "k"), CASES)
 @_cases("scaled_mm")
-def test_scaled_mm(product: str, config: hopper.HopperConfig, m: int, n: int, k: int) -> None:
-    for activation, bias, rows in (("none", None, False), ("gelu", torch.bfloat16, True), ("silu", torch.float32, True)):
-        case = Case(m, n, k, bias=bias, activation=activation, a_rows=rows, device="cuda")
-        with only(product, config):
-            compiled = case.scaled_mm("triton", store={"out_dtype": torch.bfloat16})
-            assert compiled.kernels == ["triton_tem_gluon"]
-            check_float(compiled.output, case.want(narrow=True))
-            want = case.want(narrow=True)
-            scale = out_scale(case, want, per_row=rows)
-            check_int8(case.scaled_mm("triton", store={"out_scale": scale}).output, want, scale)
+def test_scaled_mm(product: str, config: Any, sizes: tuple[int, ...], activation: str, bias: torch.dtype | None, rows: bool) -> None:
+    case = Case(*sizes, bias=bias, activation=activation, a_rows=rows, b_rows=rows, device="cuda")
+    want = case.want(narrow=True)
+    scale = out_scale(case, want, per_row=rows)
+    store = {"out_scale": scale} if rows else {"out_dtype": torch.bfloat16}
+    with only(product, config):
+        compiled = case.scaled_mm("triton", store=store)
+    assert compiled.kernels == ["triton_tem_gluon"]
+    if rows:
+        check_int8(compiled.output, want, scale)
+    else:
+        check_float(compiled.output, want)
 
 
 @gpu
-@pytest.mark.parametrize(("m", "n", "k"), CASES)
 @_cases("block_scaled_mm")
-def test_block_scaled_mm(product: str, config: hopper.HopperConfig, m: int, n: int, k: int) -> None:
-    for activation, bias in (("none", None), ("gelu", torch.bfloat16)):
-        case = BlockCase(m, n, k, scale_block=128, bias=bias, activation=activation, device="cuda")
-        with only(product, config):
-            compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
-            assert compiled.kernels == ["triton_tem_gluon"]
-            check_float(compiled.output, case.want(narrow=True))
+def test_block_scaled_mm(product: str, config: Any, sizes: tuple[int, ...], activation: str, bias: torch.dtype | None, rows: bool) -> None:
+    case = BlockCase(*sizes, scale_block=128, bias=bias, activation=activation, device="cuda")
+    with only(product, config):
+        compiled = case.compiled("triton", store={"out_dtype": torch.float16 if rows else torch.bfloat16})
+    assert compiled.kernels == ["triton_tem_gluon"]
+    check_float(compiled.output, case.want(narrow=True))
 
 
 @gpu
-@pytest.mark.parametrize(("m", "n", "k"), CASES)
 @_cases("int8_int4_mm", "weight_int8_mm")
-def test_weights(product: str, config: hopper.HopperConfig, m: int, n: int, k: int) -> None:
-    for activation, bias, dtype in (("none", None, torch.bfloat16), ("gelu", torch.bfloat16, torch.float16)):
-        case = WeightCase(product, m, n, k, -(-k // 128), 128, a_dtype=dtype, bias=bias, activation=activation, device="cuda")
-        with only(product, config):
-            compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
-            assert compiled.kernels == ["triton_tem_gluon"]
-            check_float(compiled.output, case.want(narrow=True))
+def test_weights(product: str, config: Any, sizes: tuple[int, ...], activation: str, bias: torch.dtype | None, rows: bool) -> None:
+    dtype = torch.float16 if rows else torch.bfloat16
+    case = WeightCase(
+        product, *sizes, groups=-(-sizes[2] // 128), group_size=128, a_dtype=dtype, a_rows=rows, bias=bias, activation=activation, device="cuda"
+    )
+    with only(product, config):
+        compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
+    assert compiled.kernels == ["triton_tem_gluon"]
+    check_float(compiled.output, case.want(narrow=True))
 
 
 @gpu
@@ -140,7 +146,7 @@ def test_machine_code() -> None:
     """Every config with a plain tail and with the longest: on sm_90's own tensor-core instruction, in flight, within registers and shared memory."""
     for job, code in zip(JOBS, compile_jobs(JOBS), strict=True):
         loop = job.loop
-        instruction = "s32.s8.s8" if loop.instruction_k == 32 else "f32.bf16.bf16"
+        instruction = {torch.int8: "s32.s8.s8", torch.bfloat16: "f32.bf16.bf16", torch.float16: "f32.f16.f16"}[job.dtype]
         assert code.mma, job
         assert all(each.startswith("wgmma.mma_async") and each.endswith(instruction) for each in code.mma), (job, code.mma)
         assert (code.stack, code.serialized) == (0, False), (job, code)

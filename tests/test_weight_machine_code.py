@@ -13,7 +13,7 @@ from machine_code import ARCHITECTURES, Job, MachineCode, compile_all, generated
 from support import run
 from test_machine_code import DEVICES
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-from weight_cases import NAMES, PRODUCTS_BY_NAME
+from weight_cases import NAMES, PRODUCTS_BY_NAME, in_triton
 
 from int8_inductor import lowering
 from int8_inductor.templates import LOWERINGS
@@ -64,7 +64,7 @@ def cases(capability: int) -> Iterator[Case]:
         dtypes = (torch.int8,) if name.startswith("int8") else (torch.bfloat16, torch.float16) if capability == 90 else (torch.bfloat16,)
         if name == "weight_int8_group_mm" and capability != 90:
             continue
-        for template in LOWERINGS[name].templates:
+        for template in in_triton(name):
             for i, config in enumerate(template.configs):
                 for dtype in dtypes if i == 0 else dtypes[:1]:
                     case = Case(name, template, config, dtype)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from support import check_float, run
 from test_templates import DEVICES
-from weight_cases import NAMES, WeightCase
+from weight_cases import NAMES, WeightCase, in_triton
 
 from int8_inductor import autotune
 from int8_inductor.templates import LOWERINGS
 from int8_inductor.templates.problem import Problem
 from int8_inductor.templates.tail import COLUMN, Tail
-from int8_inductor.templates.weight_only import EXPANDED_ROWS
+from int8_inductor.templates.weight_only import EXPANDED_ROWS, HOPPER_EXPANDED_ROWS
 from int8_inductor.templates.weight_split import WeightSplit
 from int8_inductor.templates.weight_tiled import WeightTiled
 from int8_inductor.templates.weight_vector import WeightVector
@@ -35,7 +35,7 @@ def only(name: str, template: Any, config: Any) -> Iterator[None]:
 
 def configs() -> Iterator[Any]:
     for name in NAMES:
-        for template in LOWERINGS[name].templates:
+        for template in in_triton(name):
             for config in template.configs:
                 yield pytest.param(name, template, config, id=f"{name}-{config}")
 
@@ -83,7 +83,8 @@ def test_some_config_is_legal_for_every_length_of_rows(k: int, block_size: int |
 
 
 def test_where_the_weight_is_expanded() -> None:
-    """Float activations of many rows, and of float32; never where the kernel takes int8 activations."""
+    """Float activations of many rows, and of float32; never where the kernel takes int8 activations. Later where Hopper's template is."""
+    device = DEVICES[sorted(DEVICES)[0]]
 
     def problem(m: int, a_bytes: int) -> Problem:
         return Problem(m, 4096, 4096, None, tma=False, a_bytes=a_bytes)
@@ -94,6 +95,10 @@ def test_where_the_weight_is_expanded() -> None:
         assert expands(problem(1, 4), device)
         assert LOWERINGS[name].eager_kernel(problem(8192, 2)) == "aten.mm, the weight expanded to 33554432 bytes"
     assert not any(LOWERINGS[name].expands(problem(8192, 1), device) for name in NAMES[3:])
+    hopper = dataclasses.replace(device, warpgroups=True)
+    expanded = {name: [LOWERINGS[name].expands(problem(m, 2), hopper) for m in (EXPANDED_ROWS, HOPPER_EXPANDED_ROWS)] for name in NAMES[:3]}
+    assert expanded == {NAMES[0]: [False, True], NAMES[1]: [True, True], NAMES[2]: [True, True]}
+    assert LOWERINGS[NAMES[0]].expands(dataclasses.replace(problem(EXPANDED_ROWS, 2), k=1000), hopper)
 
 
 def test_many_rows_in_bfloat16_are_multiplied_with_the_expanded_weight() -> None:

@@ -14,9 +14,15 @@ from torch import Tensor
 from int8_inductor.epilogues import EPILOGUES
 from int8_inductor.int4 import GROUP_SIZES, pack_int4
 from int8_inductor.products import PRODUCTS
+from int8_inductor.templates import LOWERINGS
 
 PRODUCTS_BY_NAME = {product.name: product for product in PRODUCTS}
 NAMES = ("weight_int8_mm", "weight_int8_group_mm", "weight_int4_mm", "int8_int4_mm", "int8_int4_group_mm")
+
+
+def in_triton(name: str) -> list[Any]:
+    """The templates of the product `name` that the interpreter can run; those for Hopper are tested in test_hopper.py."""
+    return [each for each in LOWERINGS[name].templates if not hasattr(each, "loop") and not hasattr(each, "LOOP")]
 
 
 @dataclass

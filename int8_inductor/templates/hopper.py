@@ -14,6 +14,7 @@ from typing import Any
 
 from ..gluon.program import Box, Launch
 from ..gluon.template import GluonTemplate, swapped
+from .hopper_text import MODULE, STORE, STORE_TRANSPOSED
 from .problem import Device, Problem, tiles
 from .tail import Tail, indented
 from .weights import expanded
@@ -36,15 +37,17 @@ class HopperConfig:
 
     @property
     def max_registers(self) -> int | None:
-        """Registers that the kernel is compiled for, where two programs have to fit; the warps that multiply take most of those of the one that loads."""
-        return None if self.programs == 1 else 65536 // (self.programs * 128 * (self.parts + 1))
+        """Registers of a thread where two programs have to fit; the warps that multiply take most of those of the one that loads."""
+        threads = 128 * (self.parts + 1)
+        return None if self.programs == 1 else 65536 // (self.programs * threads)
 
 
 @dataclass(frozen=True)
 class Loop:
     """A main loop. name: of its kernels. text: Gluon statements, from the place of a tile to `dot` [ROWS, COLUMNS], int32 or float32, in layout L.
 
-    left, right: boxes of one step, of 0 rows; their rows are the config's. steps: boxes per trip of the loop, so that K is covered by whole trips.
+    left, right: boxes of one step, of 0 rows; their rows are the config's, and an activation's dtype its own. k: of a step. steps: of a trip of the
+    loop, whose trips are whole.
     transposed: whether the weight is the left operand, so that the tile lies transposed. operands: that the loop reads besides a and b.
     functions: of its own. instruction_k: K of one tensor-core instruction. unpack: see Launch.
     """
@@ -97,126 +100,14 @@ def useful(loop: Loop, config: HopperConfig, problem: Problem) -> bool:
     return tiles(problem, block_m, block_n) * block_m * block_n < 2 * problem.m * problem.n
 
 
-_MODULE = """from triton.experimental import gluon
-from triton.experimental.gluon import language as tl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.language.extra import libdevice
-
-N = tl.constexpr(ALL_ROWS)
-K = tl.constexpr({{size("A", 1)}})
-ROWS = tl.constexpr({{ROWS}})
-PARTS = tl.constexpr({{PARTS}})
-COLUMNS = tl.constexpr({{COLUMNS}})
-STAGES = tl.constexpr({{STAGES}})
-GROUP = tl.constexpr({{GROUP}})
-PROGRAMS = tl.constexpr({{PROGRAMS}})
-TRIPS = tl.constexpr({{TRIPS}})
-STEPS = tl.constexpr(STEPS_A_TRIP)
-LEFT_STEP = tl.constexpr(LEFT_COLUMNS)
-RIGHT_STEP = tl.constexpr(RIGHT_COLUMNS)
-BYTES = tl.constexpr({{BYTES}})
-L = tl.constexpr(
-    tl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {{INSTRUCTION_N}}, INSTRUCTION_K])
-)
-STORED = tl.constexpr(tl.BlockedLayout([1, 8], STORED_THREADS, [4, 1], [1, 0]))
-
-
-@gluon.jit
-def place(tile, grid_rows, grid_columns):
-    width = GROUP * grid_columns
-    first = tile // width * GROUP
-    height = min(grid_rows - first, GROUP)
-    return first + tile % width % height, tile % width // height
-
-
-@gluon.jit
-def advance(stage, phase):
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
-FUNCTIONS
-
-@gluon.jit
-def load(a_tiles, B_TILES, left_boxes, right_boxes, ready, free, M):
-    grid_rows = tl.cdiv(LEFT_ROWS, ROWS * PARTS)
-    grid_columns = tl.cdiv(RIGHT_ROWS, COLUMNS)
-    stage = 0
-    phase = 1
-    for tile in range(tl.program_id(0), grid_rows * grid_columns, tl.num_programs(0)):
-        row, column = place(tile, grid_rows, grid_columns)
-        first_right = column * COLUMNS
-PICK_TILES
-        for step in range(0, TRIPS * STEPS):
-            mbarrier.wait(free.index(stage), phase)
-            mbarrier.expect(ready.index(stage), BYTES)
-            for part in tl.static_range(PARTS):
-                first_left = (row * PARTS + part) * ROWS
-                tma.async_copy_global_to_shared(
-                    LEFT, [first_left, step * LEFT_STEP], ready.index(stage), left_boxes.index(stage * PARTS + part)
-                )
-            tma.async_copy_global_to_shared(RIGHT, [first_right, step * RIGHT_STEP], ready.index(stage), right_boxes.index(stage))
-            stage, phase = advance(stage, phase)
-
-
-@gluon.jit
-def multiply(POINTERS, left_boxes, right_boxes, ready, free, OUT, M, PART: tl.constexpr):
-    grid_rows = tl.cdiv(LEFT_ROWS, ROWS * PARTS)
-    grid_columns = tl.cdiv(RIGHT_ROWS, COLUMNS)
-    stage = 0
-    phase = 0
-    for tile in range(tl.program_id(0), grid_rows * grid_columns, tl.num_programs(0)):
-        row, column = place(tile, grid_rows, grid_columns)
-        first_left = (row * PARTS + PART) * ROWS
-        first_right = column * COLUMNS
-        rl = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(1, L))
-        rr = first_right + tl.arange(0, COLUMNS, layout=tl.SliceLayout(0, L))
-        LEFT_INDEX = rl
-        RIGHT_INDEX = rr
-PICK_VECTORS
-        ram = tl.where(rm < M, rm, 0)
-        rbn = LOCAL_COLUMNS
-LOOP
-TAIL
-STORE
-
-
-@gluon.jit(do_not_specialize=["M"])
-def kernel(a_tiles, B_TILES, POINTERS, OUT, M):
-    left_boxes = tl.allocate_shared_memory(LEFT.dtype, [STAGES * PARTS, ROWS, LEFT_STEP], LEFT.layout)
-    right_boxes = tl.allocate_shared_memory(RIGHT_0.dtype, [STAGES, COLUMNS, RIGHT_STEP], RIGHT_0.layout)
-    ready = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in tl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=PARTS)
-    tl.warp_specialize(
-        [
-{% for part in range(PARTS | int) %}
-            (multiply, (POINTERS, left_boxes, right_boxes, ready, free, OUT, M, {{part}})),
-{% endfor %}
-            (load, (a_tiles, B_TILES, left_boxes, right_boxes, ready, free, M)),
-        ],
-        [{{"4, " if PARTS | int == 2}}1],
-        [{{"240, " if PARTS | int == 2}}24],
-    )
-"""
-
-_STORE = """y = tl.convert_layout(y.to(OUT.dtype.element_ty), STORED)
-sm = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(1, STORED))
-sn = first_right + tl.arange(0, COLUMNS, layout=tl.SliceLayout(0, STORED))
-tl.store(OUT + sm.to(tl.int64)[:, None] * N + sn[None, :], y, mask=(sm < M)[:, None] & (sn < N)[None, :])"""
-_STORE_TRANSPOSED = """y = tl.convert_layout(tl.permute(y.to(OUT.dtype.element_ty), (1, 0)), STORED)
-sm = first_right + tl.arange(0, COLUMNS, layout=tl.SliceLayout(1, STORED))
-sn = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(0, STORED))
-tl.store(OUT + sm.to(tl.int64)[:, None] * N + sn[None, :], y, mask=(sm < M)[:, None] & (sn < N)[None, :])"""
-
-
 def _tail_statements(tail: Tail, transposed: bool) -> list[str]:
     """The tail's, as Gluon has them: a constant is a scalar by itself."""
     lines = [re.sub(r"tl\.full\(\(\), (\w+), tl\.float32\)", r"tl.to_tensor({{\1}})", line) for line in tail.statements()]
     return swapped(lines) if transposed else lines
+
+
+def _torch_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _names(loop: Loop, tail: Tail) -> tuple[str, ...]:
@@ -254,12 +145,12 @@ def _source(loop: Loop, tail: Tail) -> str:
         "LEFT": left,
         "RIGHT": right,
         "B_TILES": ", ".join(b_tiles),
-        "POINTERS, ": "".join(f"{each}, " for each in vectors),
+        "POINTERS": "".join(f"{each}, " for each in vectors),
         "LOOP": indented(loop.text.splitlines(), 8),
         "TAIL": indented(_tail_statements(tail, loop.transposed), 8),
-        "STORE": indented((_STORE_TRANSPOSED if loop.transposed else _STORE).splitlines(), 8),
+        "STORE": indented((STORE_TRANSPOSED if loop.transposed else STORE).splitlines(), 8),
     }
-    return re.sub(r"\b(?:POINTERS, |(?:%s)\b)" % "|".join(name for name in parts if name != "POINTERS, "), lambda match: parts[match.group()], _MODULE)
+    return re.sub(rf"\b(?:{'|'.join(parts)})\b", lambda match: parts[match.group()], MODULE)
 
 
 def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
@@ -270,10 +161,11 @@ def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
         a_box, b_box = replace(loop.left, rows=constants["ROWS"]), replace(loop.right, rows=wide)
         if loop.transposed:
             a_box, b_box = b_box, a_box
+        a_box = replace(a_box, dtype=_torch_name(operands[0].get_dtype()))
         others = operands[1 + tail.weights.count :]
         return Launch(
             boxes=(a_box, *[b_box] * tail.weights.count),
-            arguments=tuple(str(each).removeprefix("torch.") for each in (*(box.get_dtype() for box in others), layout.dtype)),
+            arguments=tuple(map(_torch_name, (*(box.get_dtype() for box in others), layout.dtype))),
             tile=(wide, high) if loop.transposed else (high, wide),
             columns=int(layout.size[1]),
             programs=constants["PROGRAMS"],

@@ -30,8 +30,8 @@ class Lowering:
 
     templates: modules, each a main loop. loop: names of the operands, besides a and b, that the main loops read: whole, in this order, after A and B.
     The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what eager_kernel(problem) names,
-    compiled for KernelPreference.TORCH, and for AUTO where expands(problem, device) says so. groups(operands): Problem.groups, from the product's operands by
-    name, as Inductor's boxes and numbers.
+    compiled for KernelPreference.TORCH, and for AUTO where expands(problem, device) says so. groups(operands): Problem.groups, from the product's
+    operands by name, as Inductor's boxes and numbers.
     """
 
     product: Product

@@ -1,0 +1,120 @@
+"""The text of the kernels for Hopper: a Gluon module, in Jinja; the names in capitals that it does not define are put in by hopper.py."""
+
+from __future__ import annotations
+
+__all__ = ["MODULE", "STORE", "STORE_TRANSPOSED"]
+
+MODULE = """from triton.experimental import gluon
+from triton.experimental.gluon import language as tl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra import libdevice
+
+N = tl.constexpr(ALL_ROWS)
+K = tl.constexpr({{size("A", 1)}})
+ROWS = tl.constexpr({{ROWS}})
+PARTS = tl.constexpr({{PARTS}})
+COLUMNS = tl.constexpr({{COLUMNS}})
+STAGES = tl.constexpr({{STAGES}})
+GROUP = tl.constexpr({{GROUP}})
+PROGRAMS = tl.constexpr({{PROGRAMS}})
+TRIPS = tl.constexpr({{TRIPS}})
+STEPS = tl.constexpr(STEPS_A_TRIP)
+LEFT_STEP = tl.constexpr(LEFT_COLUMNS)
+RIGHT_STEP = tl.constexpr(RIGHT_COLUMNS)
+BYTES = tl.constexpr({{BYTES}})
+L = tl.constexpr(
+    tl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {{INSTRUCTION_N}}, INSTRUCTION_K])
+)
+STORED = tl.constexpr(tl.BlockedLayout([1, 8], STORED_THREADS, [4, 1], [1, 0]))
+
+
+@gluon.jit
+def place(tile, grid_rows, grid_columns):
+    width = GROUP * grid_columns
+    first = tile // width * GROUP
+    height = min(grid_rows - first, GROUP)
+    return first + tile % width % height, tile % width // height
+
+
+@gluon.jit
+def advance(stage, phase):
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+FUNCTIONS
+
+@gluon.jit
+def load(a_tiles, B_TILES, left_boxes, right_boxes, ready, free, M):
+    grid_rows = tl.cdiv(LEFT_ROWS, ROWS * PARTS)
+    grid_columns = tl.cdiv(RIGHT_ROWS, COLUMNS)
+    stage = 0
+    phase = 1
+    for tile in range(tl.program_id(0), grid_rows * grid_columns, tl.num_programs(0)):
+        row, column = place(tile, grid_rows, grid_columns)
+        first_right = column * COLUMNS
+PICK_TILES
+        for step in range(0, TRIPS * STEPS):
+            mbarrier.wait(free.index(stage), phase)
+            mbarrier.expect(ready.index(stage), BYTES)
+            for part in tl.static_range(PARTS):
+                first_left = (row * PARTS + part) * ROWS
+                tma.async_copy_global_to_shared(
+                    LEFT, [first_left, step * LEFT_STEP], ready.index(stage), left_boxes.index(stage * PARTS + part)
+                )
+            tma.async_copy_global_to_shared(RIGHT, [first_right, step * RIGHT_STEP], ready.index(stage), right_boxes.index(stage))
+            stage, phase = advance(stage, phase)
+
+
+@gluon.jit
+def multiply(POINTERS left_boxes, right_boxes, ready, free, OUT, M, PART: tl.constexpr):
+    grid_rows = tl.cdiv(LEFT_ROWS, ROWS * PARTS)
+    grid_columns = tl.cdiv(RIGHT_ROWS, COLUMNS)
+    stage = 0
+    phase = 0
+    for tile in range(tl.program_id(0), grid_rows * grid_columns, tl.num_programs(0)):
+        row, column = place(tile, grid_rows, grid_columns)
+        first_left = (row * PARTS + PART) * ROWS
+        first_right = column * COLUMNS
+        rl = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(1, L))
+        rr = first_right + tl.arange(0, COLUMNS, layout=tl.SliceLayout(0, L))
+        LEFT_INDEX = rl
+        RIGHT_INDEX = rr
+PICK_VECTORS
+        ram = tl.where(rm < M, rm, 0)
+        rbn = LOCAL_COLUMNS
+LOOP
+TAIL
+STORE
+
+
+@gluon.jit(do_not_specialize=["M"])
+def kernel(a_tiles, B_TILES, POINTERS OUT, M):
+    left_boxes = tl.allocate_shared_memory(LEFT.dtype, [STAGES * PARTS, ROWS, LEFT_STEP], LEFT.layout)
+    right_boxes = tl.allocate_shared_memory(RIGHT_0.dtype, [STAGES, COLUMNS, RIGHT_STEP], RIGHT_0.layout)
+    ready = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in tl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=PARTS)
+    tl.warp_specialize(
+        [
+{% for part in range(PARTS | int) %}
+            (multiply, (POINTERS left_boxes, right_boxes, ready, free, OUT, M, {{part}})),
+{% endfor %}
+            (load, (a_tiles, B_TILES, left_boxes, right_boxes, ready, free, M)),
+        ],
+        [{{"4, " if PARTS | int == 2}}1],
+        [{{"240, " if PARTS | int == 2}}24],
+    )
+"""
+
+STORE = """y = tl.convert_layout(y.to(OUT.dtype.element_ty), STORED)
+sm = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(1, STORED))
+sn = first_right + tl.arange(0, COLUMNS, layout=tl.SliceLayout(0, STORED))
+tl.store(OUT + sm.to(tl.int64)[:, None] * N + sn[None, :], y, mask=(sm < M)[:, None] & (sn < N)[None, :])"""
+STORE_TRANSPOSED = """y = tl.convert_layout(tl.permute(y.to(OUT.dtype.element_ty), (1, 0)), STORED)
+sm = first_right + tl.arange(0, COLUMNS, layout=tl.SliceLayout(1, STORED))
+sn = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(0, STORED))
+tl.store(OUT + sm.to(tl.int64)[:, None] * N + sn[None, :], y, mask=(sm < M)[:, None] & (sn < N)[None, :])"""
