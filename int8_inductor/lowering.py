@@ -27,6 +27,7 @@ from .autotune import Kernel, autotune
 from .explain import record_kernel
 from .kernels import KernelPreference, parse, resolve
 from .products import PRODUCTS, Product
+from .ranges import described, ranges_of
 from .templates import LOWERINGS, Lowering
 from .templates.problem import INTERPRETER, Device, Problem
 from .templates.tail import COLUMN, CONSTANT, OPERANDS, ROW, ROW_OPERANDS, SCALAR, Indexing, Tail
@@ -211,7 +212,16 @@ def _kernel(call: _Call, scales: Any = None) -> Kernel:
         mutated=mutated,
         literals=literals,
         thorough=is_thorough(),
+        ranges=ranges_of(*a.get_size(), b.get_size()[-2]),
     )
+
+
+def in_words(kernel: Kernel, lasts: tuple[int | None, ...]) -> str:
+    """What a report calls a kernel, or those for the ranges of M that end there."""
+    if len(lasts) > 1:
+        return f"triton for {described(lasts)}"
+    static = isinstance(kernel.layout.size[0], (int, sympy.Integer))
+    return "triton" if static or kernel.ranges else f"triton, chosen for M = {kernel.problem.m}"
 
 
 def _lower_triton(call: _Call) -> Any:
@@ -223,8 +233,8 @@ def _lower_triton(call: _Call) -> Any:
         scales = empty_strided([rows, blocks], None, dtype=torch.float32, device=call.given["a"].get_device())
         scales.realize()
     kernel = _kernel(call, scales)
-    result = autotune(kernel)
-    record_kernel(V.graph.current_node, "triton", kernel.tail.describe())
+    result, lasts = autotune(kernel)
+    record_kernel(V.graph.current_node, in_words(kernel, lasts), kernel.tail.describe())
     return result if scales is None else (result, scales)
 
 
