@@ -7,7 +7,8 @@ they are for one kernel, and a CUDA graph, recorded for each M, holds the kernel
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch._inductor.codegen.wrapper import WrapperLine
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
-__all__ = ["branch"]
+__all__ = ["branch", "indent"]
 
 _KERNELS = "_int8_inductor_kernels"
 """An attribute of a template's buffer: the kernels to pick from, as pairs of the largest size that each is for (None: any) and what renders it."""
@@ -45,6 +46,15 @@ class _Indent(WrapperLine):
 
     def codegen(self, code: Any) -> None:
         code.do_indent(self.steps)
+
+
+@contextmanager
+def indent(wrapper: Any, head: str) -> Iterator[None]:
+    """What is written to Inductor's wrapper inside the block stands below the line `head`."""
+    wrapper.writeline(head)
+    wrapper.writeline(_Indent(1))
+    yield
+    wrapper.writeline(_Indent(-1))
 
 
 def _install() -> None:
@@ -81,7 +91,5 @@ def _write(scheduling: Any, template_node: Any, epilogue_nodes: Any, prologue_no
 def _write_calls(kernels: Sequence[tuple[int | None, Any]], node: Any, wrapper: Any) -> None:
     size = wrapper.codegen_python_sizevar(getattr(node, _SIZE))
     for i, (last, kernel) in enumerate(kernels):
-        wrapper.writeline("else:" if last is None else f"{'el' if i else ''}if {size} <= {last}:")
-        wrapper.writeline(_Indent(1))
-        kernel.call_kernel(kernel.kernel_name, node)
-        wrapper.writeline(_Indent(-1))
+        with indent(wrapper, "else:" if last is None else f"{'el' if i else ''}if {size} <= {last}:"):
+            kernel.call_kernel(kernel.kernel_name, node)

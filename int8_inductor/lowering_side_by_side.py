@@ -16,7 +16,8 @@ from torch._inductor.virtualized import V
 from .ahead import KERNELS, compile_all_ahead
 from .autotune import Kernel, autotune
 from .explain import TAG, record_kernel
-from .lowering import as_operand, computed_once, device_of, has_ptx, in_words, is_thorough, problem_of
+from .lowering import in_words
+from .operands import as_operand, computed_once, device_of, has_ptx, is_thorough, problem_of
 from .ranges import ranges_of
 from .side_by_side import scaled_mm_side_by_side
 from .templates import LOWERINGS

@@ -5,7 +5,7 @@ A kernel is right for every M; which range it was chosen for is a matter of spee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch._inductor.virtualized import V
 
 from ._compat import hints, writes_python
 
-__all__ = ["LAST_ROWS", "MANY_ROWS", "Range", "described", "ranges_of"]
+__all__ = ["LAST_ROWS", "MANY_ROWS", "Range", "described", "has_ranges", "last_without", "ranges_of"]
 
 LAST_ROWS = (16, 64, 256, 2048)
 """Where ranges end: a tile of 16 rows; a tile of 64 that reads the weight once; too few tiles for the chip; tiles that just fill it. Few, as each
@@ -62,11 +62,29 @@ def _with_rows(m: sympy.Expr, rows: int) -> Range:
     return Range(None, m_of(values[first]), tuple(values.items()))
 
 
-def ranges_of(m: Any, *others: Any) -> tuple[Range, ...]:
-    """The ranges that a symbolic M may fall in. None where M, or not all the others of a product's sizes, is known, or where C++ launches kernels."""
-    if not isinstance(m, sympy.Expr) or not m.free_symbols or not writes_python() or any(sympy.sympify(size).free_symbols for size in others):
+def has_ranges(m: Any, *others: Any) -> bool:
+    """Whether there is to be a kernel for each range of M: it is symbolic, the others of a product's sizes are known, and Python launches kernels."""
+    return bool(sympy.sympify(m).free_symbols) and not any(sympy.sympify(size).free_symbols for size in others) and writes_python()
+
+
+def last_without(m: sympy.Expr, holds: Callable[[int], bool]) -> int | None:
+    """The last M for which not `holds`, which then holds for every larger one; None where it holds for all or for none that M may be."""
+    lower, upper = _bounds(m)
+    upper = upper or 2**31
+    if holds(lower) or not holds(upper):
+        return None
+    while upper - lower > 1:
+        middle = (lower + upper) // 2
+        lower, upper = (lower, middle) if holds(middle) else (middle, upper)
+    return lower
+
+
+def ranges_of(m: Any, *others: Any, most: int | None = None) -> tuple[Range, ...]:
+    """The ranges that a symbolic M, which is `most` at the most, may fall in; none where all M have one kernel."""
+    if not has_ranges(m, *others):
         return ()
     lower, upper = _bounds(m)
+    upper = min(filter(None, (upper, most)), default=None)
     ranges = []
     for last in (*LAST_ROWS, None):
         if last is not None and last < lower:

@@ -81,6 +81,34 @@ def test_a_kernel_for_each_range_of_m(first: int) -> None:
     assert len(re.findall(r"\.run\(", code)) == 3
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_every_range_is_right(device: str, blocks: bool) -> None:
+    """Wherever the ranges' kernels end up, on a GPU after they were timed: floats, or int8 in blocks with their scales."""
+    case = Case(n=512, k=1024)
+    fixed = {name: case.operands()[name].to(device) for name in ("b", "b_scale")}
+
+    def tensors(m: int) -> list[Tensor]:
+        operands = Case(m, case.n, case.k, seed=m).operands()
+        return [operands[name].to(device) for name in ("a", "a_scale")]
+
+    def fn(a: Tensor, a_scale: Tensor) -> Any:
+        operator = ops.scaled_mm_block_quant if blocks else ops.scaled_mm
+        return operator(a=a, a_scale=a_scale, activation="relu", **fixed)
+
+    def check(m: int, got: Any) -> None:
+        a, a_scale = (t.cpu() for t in tensors(m))
+        want = linear64(a=a, a_scale=a_scale, activation="relu", **{name: t.cpu() for name, t in fixed.items()})
+        if blocks:
+            check_blocks(*(t.cpu() for t in got), want, 128)
+        else:
+            check_float(got.cpu(), want)
+
+    code, report = compiled_for(fn, tensors, check, (100, 5, 16, 17, 64, 65, 256, 257, *([2048, 2049, 9000] if device == "cuda" else [])))
+    assert device == "cuda" or len(branches(code)) == 3
+    assert len({kernel for _, kernel in branches(code)}) <= 5
+    assert report.graphs == 1
+
+
 def test_int8_out() -> None:
     scale = out_scale(CASE, CASE.want(), per_row=False)
     fn, tensors, want = product(narrow=True, out_scale=scale)
