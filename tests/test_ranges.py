@@ -11,9 +11,12 @@ import torch
 from kernel_cases import Case, out_scale
 from support import branches, check_blocks, check_float, check_int8, fresh_compile, linear64
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor.scheduler import Scheduler
 from torch._inductor.utils import run_and_get_code
 
-from int8_inductor import Int8DynamicActivationInt8WeightConfig, autotune, ops, quantize_, ranges
+from int8_inductor import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, autotune, ops, quantize_, ranges
 from int8_inductor.explain import Report, recording
 
 ROWS = (5, 2, 16, 17, 64, 65, 100, 256, 257, 300, 2048, 2049, 2500)
@@ -177,6 +180,43 @@ def test_the_report_names_the_ranges() -> None:
     code, report = of_linear(lambda m: (m, 64), (5, 40, 70))
     assert len(branches(code)) == 3
     assert [entry.kernel for entry in report.linears] == [THREE]
+
+
+CONFIGS = {"int8": Int8DynamicActivationInt8WeightConfig(), "weight-only": Int8WeightOnlyConfig()}
+
+
+def of_two_linears(config: str, rows: Sequence[int], device: str = "cpu", **options: Any) -> list[str]:
+    """The generated code of two bfloat16 linears, compiled once for a dynamic M, each M called three times and checked against eager."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 64)).eval().to(device, torch.bfloat16)
+    quantize_(model, CONFIGS[config])
+    codes: list[str] = []
+    with fresh_compile(), recording() as report, torch.no_grad():
+        compiled = torch.compile(model, backend="int8_inductor", dynamic=True, **options)
+        for m in rows:
+            x = torch.randn(m, 256).to(device, torch.bfloat16)
+            for _ in range(3):
+                torch.testing.assert_close(call(compiled, codes, x), model(x), rtol=0.05, atol=0.05)
+    assert report.graphs == len(codes) == 1
+    return codes
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_part_of_the_graph_that_cuda_records_holds_the_branches(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor writes such a part as a function, ends it at what CUDA cannot record, on a CPU at everything; here it ends at nothing."""
+    monkeypatch.setattr(Scheduler, "should_partition", lambda self, node, *args, **kwargs: None)
+    with inductor_config.patch(graph_partition=True):
+        (code,) = of_two_linears(config, (5, 17, 100, 192))
+    (partition,) = re.findall(r"^def partition_\d+\(args\):\n(?:^(?: .*)?\n)+", code, re.M)
+    assert len(re.findall(r"^ +if s\d+ <= ", partition, re.M)) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS)
+def test_cuda_graphs_hold_the_kernel_of_each_m(config: str) -> None:
+    counters.clear()
+    of_two_linears(config, (5, 17, 100, 300, 5, 3000), "cuda", mode="reduce-overhead")
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_rows_that_are_a_product_of_sizes() -> None:
