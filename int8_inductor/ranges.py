@@ -20,8 +20,8 @@ __all__ = ["LAST_ROWS", "MANY_ROWS", "Range", "described", "has_ranges", "last_w
 LAST_ROWS = (16, 64, 256, 2048)
 """Where ranges end: a tile of 16 rows; a tile of 64 that reads the weight once; too few tiles for the chip; tiles that just fill it. Few, as each
 range's candidates are compiled and timed."""
-MANY_ROWS = 8192
-"""What stands for the range without an end."""
+MANY_ROWS = 4096
+"""What stands for the range without an end: enough to fill any chip, and operands of that many rows fit beside a model."""
 LARGEST_BITS = 24
 """A symbol of M is not tried beyond so many bits."""
 

@@ -128,6 +128,20 @@ def test_the_report_names_both() -> None:
     ]
 
 
+def test_a_number_of_rows_that_depends_on_the_data() -> None:
+    fixed = fixed_operands("weight_int8_mm")
+
+    def fn(a: Tensor, mask: Tensor) -> Tensor:
+        return torch.ops.int8_inductor.weight_int8_mm.default(a[mask], **fixed, out_dtype=torch.float32)
+
+    a = torch.randn(300, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with fresh_compile(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, error_on_recompile=True), torch.no_grad():
+        compiled = torch.compile(fn, backend="int8_inductor", fullgraph=True)
+        for m in (4, 0, 1, 17, 191, 192, 300):
+            mask = torch.arange(300) < m
+            check(compiled(a, mask), fn(a, mask), 1e-5)
+
+
 def test_where_python_does_not_launch_the_first_m_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "writes_python", lambda: False)
     assert {entry.kernel for entry in of_linear((5, 300)).linears} == {"triton, chosen for M = 5"}

@@ -242,8 +242,9 @@ def test_where_python_does_not_launch_there_is_one_kernel_and_the_report_says_fo
     assert [entry.kernel for entry in report.linears] == ["triton, chosen for M = 40"]
 
 
-def test_a_range_is_timed_with_as_many_rows_as_stand_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operands, result, the size that a kernel takes and its grid; and M is what it was afterwards."""
+@pytest.mark.parametrize("unknown", [False, True])
+def test_a_range_is_timed_with_as_many_rows_as_stand_for_it(monkeypatch: pytest.MonkeyPatch, unknown: bool) -> None:
+    """Operands, result, the size that a kernel takes and its grid; and M is what it was afterwards. unknown: M depends on data."""
     timed: list[tuple[int, int, int, int, int]] = []
 
     def timer(choice: Any, *args: Tensor, out: Tensor) -> float:
@@ -259,5 +260,11 @@ def test_a_range_is_timed_with_as_many_rows_as_stand_for_it(monkeypatch: pytest.
     monkeypatch.setattr(autotune, "_median_ms", timer)
     monkeypatch.setattr(autotune.Kernel, "candidates", few)
     fn, tensors, want = product()
-    compiled_for(fn, tensors, lambda m, got: check_float(got, want(m)), (40, 5, 300))
-    assert timed == [(rows,) * 5 for rows in (16, 64, 256, 2048, 8192) for _ in range(2)]
+
+    def some(a: Tensor, a_scale: Tensor) -> Tensor:
+        rows = (a_scale > 0).reshape(-1)
+        return fn(a[rows], a_scale[rows])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled_for(some if unknown else fn, tensors, lambda m, got: check_float(got, want(m)), (40, 5, 300))
+    assert timed == [(rows,) * 5 for rows in (16, 64, 256, 2048, 4096) for _ in range(2)]
