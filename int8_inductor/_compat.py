@@ -5,16 +5,17 @@ Everything else imports what it needs of Inductor's internals from here, under o
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._dynamo.exc import ShortenTraceback
@@ -25,20 +26,21 @@ __all__ = [
     "CompileError",
     "as_pass_list",
     "check_torch_version",
-    "chosen",
     "compile_region",
     "custom_pass_slot",
+    "fastest",
     "graph_breaks",
     "has_triton_package",
+    "hints",
     "run_apart",
     "run_of",
-    "select_choice",
     "size_hint",
     "start_compiling",
     "submit_to_compile_workers",
     "triton_version",
     "unchain",
     "wait_for_compile_workers",
+    "writes_python",
 ]
 
 SUPPORTED_TORCH = ((2, 11), (2, 15))
@@ -166,20 +168,19 @@ def unchain(slot: Any) -> list[Callable[[torch.fx.Graph], Any]]:
     return flat
 
 
-def select_choice(name: str, choices: list[Any], inputs: list[Any], layout: Any) -> Any:
-    """`autotune_select_algorithm`, always settled before fusion, and always one TensorBox (a tuple from 2.13 on)."""
+def fastest(name: str, choices: list[Any], inputs: list[Any], layout: Any) -> Any:
+    """Which of `choices`, Inductor's TritonTemplateCallers, its `autotune_select_algorithm` takes, always settled before fusion.
+
+    It returns what the choice makes of itself (in a tuple from 2.13 on), and that is a buffer in the graph, which a choice that is one of several to
+    be taken at run time must not leave behind: here each makes itself.
+    """
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
-    result = autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)
+    with ExitStack() as stack:
+        for choice in choices:
+            stack.enter_context(mock.patch.object(choice, "output_node", functools.partial(_itself, choice)))
+        result = autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)
     return result[0] if isinstance(result, tuple) else result
-
-
-def chosen(box: Any, choices: list[Any]) -> int:
-    """Which of `choices`, Inductor's TritonTemplateCallers and ExternKernelCallers, a TensorBox of select_choice came from."""
-    buffer = box.data.data
-    if not hasattr(buffer, "make_kernel_render"):
-        return next(i for i, choice in enumerate(choices) if getattr(choice, "kwargs", None) is buffer.kwargs)
-    return next(i for i, choice in enumerate(choices) if getattr(choice, "make_kernel_render", None) is buffer.make_kernel_render)
 
 
 def run_of(choice: Any, *args: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
@@ -187,8 +188,37 @@ def run_of(choice: Any, *args: torch.Tensor, out: torch.Tensor) -> Callable[[], 
     from torch._inductor.select_algorithm import ExternKernelCaller
 
     if isinstance(choice, ExternKernelCaller):
-        return partial(choice.choice.to_callable(), *args, out=out, **choice.kwargs)
+        return functools.partial(choice.choice.to_callable(), *args, out=out, **choice.kwargs)
     return choice.bmreq.make_run_fn(*args, out=out)  # type: ignore[no-any-return]
+
+
+def _itself(choice: Any) -> Any:
+    return choice
+
+
+@contextmanager
+def hints(symbols: Mapping[Any, int]) -> Iterator[None]:
+    """Inside the block `symbols` have those values wherever Inductor needs one to render, allocate or time; no guard comes of it."""
+    import sympy
+    from torch._inductor.virtualized import V
+
+    shape_env = V.graph.sizevars.shape_env
+    values = {symbol: sympy.Integer(value) for symbol, value in symbols.items()}
+    backed = {symbol: value for symbol, value in values.items() if symbol in shape_env.backed_var_to_val}
+    # What depends on data has no value of its own but may have a hint; 2.11 lets a hint go before a value.
+    with (
+        shape_env.suppress_guards(),
+        mock.patch.dict(shape_env.backed_var_to_val, backed),
+        mock.patch.dict(shape_env.var_to_hint_override, {symbol: int(value) for symbol, value in symbols.items()}),
+    ):
+        yield
+
+
+def writes_python() -> bool:
+    """Whether Inductor writes the graph in progress as Python, which calls the kernels; C++ (AOTInductor) and FX graphs are written otherwise."""
+    from torch._inductor.virtualized import V
+
+    return not V.graph.cpp_wrapper and not V.graph.fx_wrapper
 
 
 def wait_for_compile_workers() -> None:

@@ -62,8 +62,11 @@ KERNELS: dict[Any, Callable[[dict[str, Any], Callable[[Tensor], Any]], Kernel | 
 
 
 def compile_all_ahead(device: torch.device) -> None:
-    """Start compiling what the products of the graph in progress may need, once a graph; the interpreter on a CPU compiles nothing."""
-    if V.graph in _GRAPHS or device.type == "cpu":
+    """Start compiling what the products of the graph in progress may need, once a graph; the interpreter on a CPU compiles nothing.
+
+    What a graph calls by M (either.py) is lowered in graphs of their own, for which the graph itself has done it.
+    """
+    if V.graph in _GRAPHS or getattr(V.graph, "parent", None) in _GRAPHS or device.type == "cpu":
         return
     _GRAPHS.add(V.graph)
     with _stand_ins():

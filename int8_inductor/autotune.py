@@ -7,14 +7,18 @@ Its clock is not used either: Inductor times a kernel behind 20 us of other work
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ._compat import chosen, run_of, select_choice, start_compiling, wait_for_compile_workers
+from ._compat import fastest, run_of, start_compiling, wait_for_compile_workers
+from .branches import branch
 from .gluon import program
 from .gluon.template import is_gluon
+from .ranges import Range
 from .templates.problem import Device, Problem
 from .templates.tail import Tail
 
@@ -39,7 +43,8 @@ class Kernel:
     """A kernel to be chosen: of which templates, with which tail, for which problem, on which operands.
 
     templates: the product's. inputs: realized operands: a and b, what else the main loops read, the tail's. layout: of the result. mutated: those of
-    the inputs that the kernel writes. literals: constants of the tail. thorough: every legal config is a candidate.
+    the inputs that the kernel writes. literals: constants of the tail. thorough: every legal config is a candidate. ranges: of M, where each is to
+    have a kernel; of one kernel, the one that it is for.
     """
 
     name: str
@@ -52,6 +57,13 @@ class Kernel:
     mutated: list[Any]
     literals: dict[str, str]
     thorough: bool
+    ranges: tuple[Range, ...] = ()
+
+    def parts(self) -> list[Kernel]:
+        """The kernel for each range; this one where M has none."""
+        if not self.ranges:
+            return [self]
+        return [replace(self, problem=replace(self.problem, m=each.rows), ranges=(each,)) for each in self.ranges]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -66,6 +78,10 @@ class Kernel:
         make = [(module, module.candidates(self.problem, self.device, self.tail, thorough=self.thorough)) for module in self.templates]
         pairs = [(module, config) for module, configs in make for config in configs]
         return pairs[:1] if self.layout.device.type == "cpu" else pairs  # times in the interpreter say nothing
+
+    def stands(self) -> contextlib.AbstractContextManager[None]:
+        """Inside it Inductor renders and times for the M that stands for the one range of this kernel."""
+        return self.ranges[0].stands() if self.ranges else contextlib.nullcontext()
 
     def choices(self, candidates: list[tuple[Any, Any]]) -> list[Any]:
         """The candidates rendered, as Inductor's choices."""
@@ -82,14 +98,30 @@ class Kernel:
         return choices
 
 
-def autotune(kernel: Kernel) -> Any:
-    """The TensorBox of the fastest candidate."""
+def autotune(kernel: Kernel) -> tuple[Any, tuple[int | None, ...]]:
+    """The TensorBox of the fastest candidate, or of the fastest for each range of M; and where the ranges end that have kernels of their own."""
+    winners: list[tuple[int | None, tuple[Any, Any]]] = []
+    for part in kernel.parts():
+        winner = _winner(part)
+        if winners and winners[-1][1] == winner:
+            winners.pop()
+        winners.append((part.ranges[0].last if part.ranges else None, winner))
+    choices = [(last, *kernel.choices([winner])) for last, winner in winners]
+    return branch(choices, kernel.layout.size[0]), tuple(last for last, _ in winners)
+
+
+def _winner(kernel: Kernel) -> tuple[Any, Any]:
+    """The fastest candidate."""
     candidates = kernel.candidates()
-    choices = kernel.choices(candidates)
-    result = select_choice(kernel.name, choices, kernel.inputs, kernel.layout)
+    if len(candidates) > 1:
+        with kernel.stands():
+            choices = kernel.choices(candidates)
+            winner = candidates[choices.index(fastest(kernel.name, choices, kernel.inputs, kernel.layout))]
+    else:
+        (winner,) = candidates
     if kernel.layout.device.type != "cpu":
-        _WINNERS[kernel.kind] = candidates[chosen(result, choices)]
-    return result
+        _WINNERS[kernel.kind] = winner
+    return winner
 
 
 def compile_ahead(kernels: Iterable[Kernel]) -> None:
@@ -100,11 +132,12 @@ def compile_ahead(kernels: Iterable[Kernel]) -> None:
     """
     wait_for_compile_workers()
     seen = set(_WINNERS)
-    for kernel in kernels:
+    for kernel in itertools.chain.from_iterable(each.parts() for each in kernels):
         if kernel.kind not in seen:
             seen.add(kernel.kind)
-            for choice in kernel.choices(kernel.candidates()):
-                if is_gluon(choice):
-                    program.start_compiling(**choice.kwargs)
-                else:
+            with kernel.stands():
+                for choice in kernel.choices(kernel.candidates()):
+                    if is_gluon(choice):
+                        program.start_compiling(**choice.kwargs)
+                        continue
                     start_compiling(choice)

@@ -35,6 +35,10 @@ TAG = "int8_inductor_linear"
 """Key of a product node's meta: the name of the linear that it came from."""
 
 
+_KERNEL = "int8_inductor_kernel"
+"""Key of a product node's meta: what it lowered to."""
+
+
 class LeftBehindError(CompileError):
     """config.strict is on and a pass left a quant, dequant or quantized linear as it was."""
 
@@ -161,6 +165,7 @@ def publish(report: Report) -> None:
 def record_kernel(node: torch.fx.Node, kernel: str, epilogue: str, name: str | None = None) -> None:
     """Note which kernel the product `node` lowered to. name: of the linear, where the product computes several; else the node's tag."""
     log.debug("%s -> %s, epilogue %s", node.name, kernel, epilogue)
+    node.meta[_KERNEL] = kernel, epilogue
     report, name = _recording.get(), name or node.meta.get(TAG)
     if report is None or name is None:
         return
@@ -168,6 +173,12 @@ def record_kernel(node: torch.fx.Node, kernel: str, epilogue: str, name: str | N
         if entry.name == name and not entry.kernel:
             entry.kernel, entry.epilogue = kernel, epilogue
             return
+
+
+def recorded(node: torch.fx.Node) -> tuple[str, str]:
+    """The kernel and the epilogue that the product `node` lowered to."""
+    kernel, epilogue = node.meta[_KERNEL]
+    return kernel, epilogue
 
 
 def explain(model: Any, *inputs: Any, sqnr: bool | torch.nn.Module = False, **kwargs: Any) -> Report:

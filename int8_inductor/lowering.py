@@ -24,19 +24,18 @@ from . import ops, reference
 from ._compat import size_hint
 from .ahead import KERNELS, compile_all_ahead
 from .autotune import Kernel, autotune
-from .explain import record_kernel
-from .gluon.program import CAPABILITY
+from .either import either
+from .explain import record_kernel, recorded
 from .kernels import KernelPreference, parse, resolve
+from .operands import argument, as_operand, computed_once, device_of, has_ptx, is_thorough, problem_of, with_known_strides
 from .products import PRODUCTS, Product
+from .ranges import described, has_ranges, last_without, ranges_of
 from .templates import LOWERINGS, Lowering
-from .templates.problem import INTERPRETER, Device, Problem
-from .templates.tail import COLUMN, CONSTANT, OPERANDS, ROW, ROW_OPERANDS, SCALAR, Indexing, Tail
+from .templates.problem import Device, Problem
+from .templates.tail import OPERANDS, SCALAR, Indexing, Tail
+from .templates.types import never
 
 aten = torch.ops.aten
-
-TMA_ALIGNMENT = 16
-"""Bytes that a tensor descriptor's strides and base address are multiples of."""
-
 
 def _lower_eager(fn: Callable[..., Any], tensors: dict[str, Any]) -> Any:
     """Lower `fn(**tensors)`, an eager function, in place: traced on the fake values, decomposed, and run through Inductor's lowerings."""
@@ -45,7 +44,7 @@ def _lower_eager(fn: Callable[..., Any], tensors: dict[str, Any]) -> Any:
     node = V.graph.current_node
     assert isinstance(node, torch.fx.Node)
     names = list(tensors)
-    fakes = [_argument(node, name).meta["val"] for name in names]
+    fakes = [argument(node, name).meta["val"] for name in names]
 
     def positional(*args: Tensor) -> Any:
         return fn(**dict(zip(names, args, strict=True)))
@@ -55,115 +54,37 @@ def _lower_eager(fn: Callable[..., Any], tensors: dict[str, Any]) -> Any:
     return process_subgraph_nodes(traced, [tensors[name] for name in names])
 
 
-def computed_once(box: Any) -> Any:
-    """`box` with what it views in memory. Else each linear that reads a view of one quantized value would have Inductor quantize it anew."""
-    box.realize()
-    return box
-
-
-def _argument(node: torch.fx.Node, name: str) -> Any:
-    """The argument `name` of a call to one of our operators, however it was passed."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    return ops.bound(node.target, node.args, node.kwargs)[name]
-
-
-def _constant(name: str) -> float | None:
-    """The value of a scale or zero point that the graph holds as a constant (aten.full), or None."""
-    value = _argument(V.graph.current_node, name)
-    if isinstance(value, torch.fx.Node) and value.target is aten.full.default and isinstance(value.args[1], (int, float)):
-        return float(value.args[1])
-    return None
-
-
-def _is_one(size: Any) -> bool:
-    return bool(V.graph.sizevars.statically_known_equals(size, 1))
-
-
-def as_operand(name: str, box: Any) -> tuple[Indexing, Any]:
-    """How a tail reads operand `name`, and what is passed: a realized vector, or a literal."""
-    if (value := _constant(name)) is not None:
-        return CONSTANT, repr(value)
-    size = box.get_size()
-    numel = functools.reduce(lambda x, y: x * y, size, sympy.S.One)
-    vector = realize_inputs(lowerings[aten.reshape](box, [numel]))
-    if _is_one(numel):
-        return SCALAR, vector
-    return (ROW if name in ROW_OPERANDS else COLUMN), vector
-
-
-def device_of(device: torch.device) -> Device:
-    """What templates need to know of a device."""
-    # Inductor's C++ wrapper (AOTInductor) gives all programs of a launch the memory for one program's descriptors (torch 2.11 to 2.13).
-    python_launches = not V.graph.cpp_wrapper
-    if device.type == "cpu":
-        return dataclasses.replace(INTERPRETER, tma=python_launches)
-    properties: Any = torch.cuda.get_device_properties(device)
-    return Device(
-        int(properties.shared_memory_per_block_optin),
-        int(properties.multi_processor_count),
-        tma=properties.major >= 9 and python_launches,
-        warpgroups=(properties.major, properties.minor) == CAPABILITY and python_launches,
-    )
-
-
-def has_ptx(device: torch.device) -> bool:
-    """Whether kernels for `device` may hold a GPU's own instructions; the interpreter on a CPU knows none."""
-    return device.type == "cuda"
-
-
-def fits_tma(matrix: Any) -> bool:
-    """Whether a tensor descriptor can name a matrix, or a stack of them, whatever its symbolic sizes are: rows begin at multiples of 16 bytes."""
-    sizevars, (*outer, row, step), columns = V.graph.sizevars, matrix.get_stride(), matrix.get_size()[-1]
-    alignment = TMA_ALIGNMENT // matrix.get_dtype().itemsize
-    multiples = all(sizevars.statically_known_multiple_of(each, alignment) for each in (*outer, row, columns, matrix.get_layout().offset))
-    rows_apart = sizevars.statically_known_geq(row, columns)
-    # Inductor promises nothing of a CPU's memory, and the interpreter asks nothing of it.
-    aligned = matrix.get_device().type == "cpu" or matrix.get_name() not in V.graph.unaligned_buffers
-    return multiples and rows_apart and aligned and _is_one(step)
-
-
-def problem_of(a: Any, *weights: Any, groups: tuple[int, ...] = ()) -> Problem:
-    """The Problem of realized boxes a [M, K] and a weight, or several that lie side by side."""
-    m, k = a.get_size()
-    rows = [size_hint(b.get_size()[-2]) for b in weights]
-    return Problem(
-        size_hint(m),
-        sum(rows),
-        size_hint(k),
-        static_k=int(k) if isinstance(k, (int, sympy.Integer)) else None,
-        tma=all(map(fits_tma, (a, *weights))),
-        one_row=_is_one(m),
-        groups=groups,
-        a_bytes=a.get_dtype().itemsize,
-        side_by_side=tuple(rows) if len(rows) > 1 else (),
-    )
-
-
-def _with_known_strides(problem: Problem, boxes: list[Any]) -> Problem:
-    """`problem`, without tensor descriptors where a stride of what else the kernel reads is symbolic: those templates write strides as numbers."""
-    known = all(isinstance(stride, (int, sympy.Integer)) for box in boxes for stride in box.get_stride())
-    return problem if known else dataclasses.replace(problem, tma=False)
-
-
-def is_thorough() -> bool:
-    """Whether every legal config is to be timed."""
-    from torch._inductor import config as inductor_config
-
-    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """One call of one of a product's operators: its arguments by name, as Inductor's boxes and numbers, and what they say about the result."""
+    """One call of one of a product's operators: its arguments by name, as Inductor's boxes and numbers, and what they say about the result.
 
-    lowering: Lowering
-    name: str
+    last: M beyond which something else runs.
+    """
+
+    product: Product
+    operator: torch._ops.OpOverload
     given: dict[str, Any]
+    last: int | None = None
+
+    @property
+    def lowering(self) -> Lowering:
+        return LOWERINGS[self.product.name]
+
+    @property
+    def name(self) -> str:
+        """Of its kernels."""
+        return f"int8_{self.operator._schema.name.split('::')[1]}"
 
     @property
     def operands(self) -> dict[str, Any]:
         """The product's own tensors and numbers."""
         return ops.operands_of(self.given)
+
+    @property
+    def device(self) -> Device:
+        """What its templates need to know of the device."""
+        a = self.given["a"]
+        return device_of(a.get_device(), a.get_size()[0])
 
     @property
     def sizes(self) -> Problem:
@@ -215,14 +136,23 @@ def _kernel(call: _Call, scales: Any = None) -> Kernel:
         name=call.name,
         templates=lowering.templates,
         tail=call.tail(indexings, ptx=has_ptx(device)),
-        problem=_with_known_strides(problem_of(a, b, groups=lowering.groups(call.operands)), inputs[2:]),
-        device=device_of(device),
+        problem=with_known_strides(problem_of(a, b, groups=lowering.groups(call.operands)), inputs[2:]),
+        device=call.device,
         inputs=inputs + mutated,
         layout=ir.FixedLayout(device, call.dtype, [a.get_size()[0], b.get_size()[-2]]),
         mutated=mutated,
         literals=literals,
         thorough=is_thorough(),
+        ranges=ranges_of(*a.get_size(), b.get_size()[-2], most=call.last),
     )
+
+
+def in_words(kernel: Kernel, lasts: tuple[int | None, ...], last: int | None = None) -> str:
+    """What a report calls a kernel, or those for the ranges of M that end there. last: M beyond which something else runs."""
+    if len(lasts) > 1 or last is not None:
+        return f"triton for {described((*lasts[:-1], last))}"
+    static = isinstance(kernel.layout.size[0], (int, sympy.Integer))
+    return "triton" if static or kernel.ranges else f"triton, chosen for M = {kernel.problem.m}"
 
 
 def _lower_triton(call: _Call) -> Any:
@@ -234,8 +164,8 @@ def _lower_triton(call: _Call) -> Any:
         scales = empty_strided([rows, blocks], None, dtype=torch.float32, device=call.given["a"].get_device())
         scales.realize()
     kernel = _kernel(call, scales)
-    result = autotune(kernel)
-    record_kernel(V.graph.current_node, "triton", kernel.tail.describe())
+    result, lasts = autotune(kernel)
+    record_kernel(V.graph.current_node, in_words(kernel, lasts, call.last), kernel.tail.describe())
     return result if scales is None else (result, scales)
 
 
@@ -253,6 +183,8 @@ def _lower_torch(call: _Call) -> Any:
     present = {name: box for name, box in given.items() if hasattr(box, "get_dtype")}
     present |= {name: computed_once(present[name]) for name in ("a", "b")}
     kernel = call.lowering.eager_kernel(call.sizes)
+    if _last_triton(call) is not None:
+        kernel += f", chosen for M = {call.sizes.m}"
     record_kernel(V.graph.current_node, kernel, call.tail(dict.fromkeys(call.in_tail, SCALAR)).describe())
     result = _lower_eager(eager, present)
     if call.block_size:
@@ -265,27 +197,60 @@ def _lower_torch(call: _Call) -> Any:
     return result
 
 
-def _call(product: Product, operator: torch._ops.OpOverload, given: dict[str, Any]) -> _Call:
-    return _Call(LOWERINGS[product.name], f"int8_{operator._schema.name.split('::')[1]}", given)
-
-
 def _runs_triton(call: _Call) -> bool:
     preference = parse(call.given["kernel_preference"])
-    device = call.given["a"].get_device()
-    kernel = resolve(preference, device)
-    expands = preference is KernelPreference.AUTO and call.lowering.expands(call.sizes, device_of(device))
+    kernel = resolve(preference, call.given["a"].get_device())
+    expands = preference is KernelPreference.AUTO and call.lowering.expands(call.sizes, call.device)
     return kernel is KernelPreference.TRITON and not expands
 
 
+def _last_triton(call: _Call) -> int | None:
+    """The last M for which a template runs, where that depends on a symbolic M."""
+    given = call.given
+    m, preference = given["a"].get_size()[0], parse(given["kernel_preference"])
+    if call.lowering.expands is never or preference is not KernelPreference.AUTO or isinstance(m, (int, sympy.Integer)):
+        return None
+    if resolve(preference, given["a"].get_device()) is not KernelPreference.TRITON:
+        return None
+    return last_without(m, lambda rows: call.lowering.expands(dataclasses.replace(call.sizes, m=rows), call.device))
+
+
+def _branches(call: _Call) -> int | None:
+    """The same, where M is asked at run time."""
+    return _last_triton(call) if has_ranges(*call.given["a"].get_size(), call.given["b"].get_size()[-2]) else None
+
+
+LAST = "int8_inductor_last"
+"""Key of a product node's meta: M beyond which something else runs."""
+
+
+def _lower_either(call: _Call, last: int) -> Any:
+    """Templates for M up to `last`, the eager definition beyond."""
+    compile_all_ahead(call.given["a"].get_device())
+    node = V.graph.current_node
+    boxes = {name: (box, argument(node, name).meta["val"]) for name, box in call.given.items() if hasattr(box, "get_dtype")}
+    numbers = {name: value for name, value in call.given.items() if name not in boxes}
+    calls = [({**numbers, "kernel_preference": kernel}, meta) for kernel, meta in (("triton", {LAST: last}), ("torch", {}))]
+    results, nodes = either(call.given["a"].get_size()[0] <= last, call.operator, boxes, calls)
+    (few, epilogue), (many, _) = (recorded(each) for each in nodes)
+    record_kernel(node, f"{few}; above, {many}", epilogue)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
 def _lower(product: Product, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    call = _call(product, operator, ops.bound(operator, args, kwargs))
+    call = _Call(product, operator, ops.bound(operator, args, kwargs), V.graph.current_node.meta.get(LAST))
+    if (last := _branches(call)) is not None:
+        return _lower_either(call, last)
     return _lower_triton(call) if _runs_triton(call) else _lower_torch(call)
 
 
 def _kernel_ahead(product: Product, operator: torch._ops.OpOverload, given: dict[str, Any], box_like: Callable[[Tensor], Any]) -> Kernel | None:
     """The kernel that will run a call with these arguments, or None; scales that it will write are what `box_like` makes."""
-    call, value = _call(product, operator, given), V.graph.current_node.meta["val"]
-    return _kernel(call, None if isinstance(value, Tensor) else box_like(value[1])) if _runs_triton(call) else None
+    call, value = _Call(product, operator, given), V.graph.current_node.meta["val"]
+    call = dataclasses.replace(call, last=_branches(call))
+    if call.last is None and not _runs_triton(call):
+        return None
+    return _kernel(call, None if isinstance(value, Tensor) else box_like(value[1]))
 
 
 def register(product: Product) -> None:

@@ -16,7 +16,9 @@ from torch._inductor.virtualized import V
 from .ahead import KERNELS, compile_all_ahead
 from .autotune import Kernel, autotune
 from .explain import TAG, record_kernel
-from .lowering import as_operand, computed_once, device_of, has_ptx, is_thorough, problem_of
+from .lowering import in_words
+from .operands import as_operand, computed_once, device_of, has_ptx, is_thorough, problem_of
+from .ranges import ranges_of
 from .side_by_side import scaled_mm_side_by_side
 from .templates import LOWERINGS
 from .templates.tail import OF_EACH_WEIGHT, Indexing, Tail
@@ -47,12 +49,13 @@ def _kernel(given: dict[str, Any], box_like: Callable[[Tensor], Any] | None = No
         templates=LOWERINGS["scaled_mm"].templates,
         tail=tail,
         problem=problem_of(a, *weights),
-        device=device_of(device),
+        device=device_of(device, a.get_size()[0]),
         inputs=inputs,
         layout=ir.FixedLayout(device, dtype, [a.get_size()[0], sum(b.get_size()[0] for b in weights)]),
         mutated=[],
         literals={} if indexings["a_scale"].is_argument else {"A_SCALE": a_scale},
         thorough=is_thorough(),
+        ranges=ranges_of(*a.get_size(), *(b.get_size()[0] for b in weights)),
     )
 
 
@@ -60,11 +63,11 @@ def _kernel(given: dict[str, Any], box_like: Callable[[Tensor], Any] | None = No
 def _lower_side_by_side(a: Any, b: Any, a_scale: Any, b_scale: Any, bias: Any, *, activations: list[str], out_dtype: torch.dtype) -> Any:
     compile_all_ahead(a.get_device())
     kernel = _kernel({"a": a, "b": b, "a_scale": a_scale, "b_scale": b_scale, "bias": bias, "activations": activations, "out_dtype": out_dtype})
-    result = autotune(kernel)
+    result, lasts = autotune(kernel)
     tags = V.graph.current_node.meta.get(TAG)  # a linear's for each, where a pass has joined linears
     for tag, activation in zip(tags, activations, strict=True) if isinstance(tags, tuple) else ():
         epilogue = dataclasses.replace(kernel.tail, activations=(), activation=activation).describe()
-        record_kernel(V.graph.current_node, "triton", epilogue, tag)
+        record_kernel(V.graph.current_node, in_words(kernel, lasts), epilogue, tag)
     return result
 
 

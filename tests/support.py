@@ -106,6 +106,12 @@ def launches(code: str) -> list[str]:
     return [name or "triton_tem_gluon" for name, _ in calls]
 
 
+def branches(code: str) -> list[tuple[int | None, str]]:
+    """The kernels that a generated module launches behind conditions on a size, and the largest size of each."""
+    pattern = r"^ +(?:(?:el)?if .+ <= (\d+)|else):\n(?:.+\n)?? +(triton_tem_\w+)\.run\("
+    return [(int(last) if last else None, kernel) for last, kernel in re.findall(pattern, code, re.M)]
+
+
 # float64, and how far float32 may be from it --------------------------------------------------------------------------------------
 
 

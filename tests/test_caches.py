@@ -220,8 +220,40 @@ print(json.dumps(results))
 """
 
 
-def run_process(tmp_path: Path, **env: str) -> dict[str, Any]:
-    code = f"TESTS = {str(Path(__file__).parent)!r}\n{PROCESS}"
+DYNAMIC = """
+import json, sys
+sys.path.insert(0, TESTS)
+import interpreter
+interpreter.install()
+import torch, int8_inductor
+from int8_inductor.explain import recording
+from torch._dynamo.utils import counters
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU()).eval()
+int8_inductor.quantize_(model, int8_inductor.Int8DynamicActivationInt8WeightConfig())
+compiled = torch.compile(model, backend="int8_inductor", dynamic=True)
+rows, error = [5, 40, 70], 0.0
+with recording() as report, torch.no_grad():
+    for m in rows:
+        x = torch.randn(m, 64)
+        error = max(error, (compiled(x) - model(x)).abs().max().item())
+hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+kernels = [entry.kernel for entry in report.linears]
+print(json.dumps({"graphs": report.graphs, "hits": hits, "error": error, "kernels": kernels}))
+"""
+
+
+def test_a_second_process_has_the_kernels_of_all_ranges_of_m(tmp_path: Path) -> None:
+    first, second = (run_process(tmp_path, DYNAMIC, PYTHONPATH=str(PACKAGE.parent)) for _ in range(2))
+    assert first["kernels"] == ["triton for M <= 16, M <= 64, above"]
+    assert (first["graphs"], first["hits"], second["graphs"]) == (1, 0, 0)
+    assert second["hits"] > 0
+    assert max(first["error"], second["error"]) < 1e-5
+
+
+def run_process(tmp_path: Path, process: str = PROCESS, **env: str) -> dict[str, Any]:
+    code = f"TESTS = {str(Path(__file__).parent)!r}\n{process}"
     result: dict[str, Any] = python_json(code, tmp_path, **env)
     return result
 

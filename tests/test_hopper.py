@@ -6,17 +6,20 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from block_cases import BlockCase
 from hopper_cases import FAST, H200, JOBS, compile_jobs
 from kernel_cases import Case, out_scale
 from support import check_float, check_int8
+from torch._inductor.virtualized import V
 from weight_cases import WeightCase
 
-from int8_inductor import autotune
+from int8_inductor import autotune, operands
 from int8_inductor.gluon import program
 from int8_inductor.gluon.program import Box, Launch
 from int8_inductor.gluon.template import swapped
@@ -44,7 +47,7 @@ def only(product: str, config: hopper.HopperConfig) -> Iterator[None]:
             return getattr(TEMPLATES[product], name)
 
         def candidates(self, problem: Problem, device: Any, tail: Tail, *, thorough: bool) -> list[hopper.HopperConfig]:
-            assert TEMPLATES[product].is_legal(config, problem, device, tail)
+            assert TEMPLATES[product].is_legal(config, problem, device, tail), device
             return [config]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -113,26 +116,6 @@ def test_weights(product: str, config: Any, sizes: tuple[int, ...], activation: 
 
 
 @gpu
-def test_symbolic_rows() -> None:
-    """One compilation, a launch for whatever M is, none for no rows."""
-    case = Case(640, 256, 256, device="cuda")
-    tensors = {name: t.cuda() for name, t in case.operands().items()}
-
-    def fn(a: torch.Tensor, a_scale: torch.Tensor) -> torch.Tensor:
-        return torch.ops.int8_inductor.scaled_mm(a, tensors["b"], a_scale, tensors["b_scale"], out_dtype=torch.bfloat16, kernel_preference="triton")
-
-    with only("scaled_mm", hopper_scaled_mm.CONFIGS[0]), torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = torch.compile(fn, backend="int8_inductor", dynamic=False)
-        for m in (640, 3, 1999):
-            case.m = m
-            rows = [case.operands()[name].cuda() for name in ("a", "a_scale")]
-            for each in rows:
-                torch._dynamo.mark_dynamic(each, 0)
-            want = (rows[0].double() @ tensors["b"].double().t()) * rows[1].double() * tensors["b_scale"].double()
-            torch.testing.assert_close(compiled(*rows).double(), want, rtol=2**-8, atol=1e-30)
-
-
-@gpu
 def test_a_result_that_is_not_aligned_is_refused() -> None:
     out = torch.empty(65, dtype=torch.int8, device="cuda")[1:].view(8, 8)
     with pytest.raises(ValueError, match="out must begin at a multiple of 16 bytes, got address 0x"):
@@ -193,6 +176,23 @@ def test_candidates_are_few_and_not_mostly_padding(m: int) -> None:
         found = template.candidates(problem, H200, FAST, thorough=True)
         assert len(found) <= 2
         assert bool(found) is (m >= {"scaled_mm": 65, "weight_int8_mm": 33}.get(name, 256))
+
+
+def test_for_which_devices_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute capability 9.0, a static M (a branch on M is of Inductor's own templates), and kernels that Python launches."""
+
+    def warpgroups(capability: tuple[int, int], m: Any, cpp_wrapper: bool = False) -> bool:
+        major, minor = capability
+        properties = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=227 * 1024, multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        with V.set_graph_handler(SimpleNamespace(cpp_wrapper=cpp_wrapper, fx_wrapper=False)):
+            return operands.device_of(torch.device("cuda"), m).warpgroups
+
+    assert warpgroups((9, 0), 640)
+    assert warpgroups((9, 0), sympy.Integer(640))
+    assert not warpgroups((9, 0), sympy.Symbol("s0"))
+    assert not warpgroups((9, 0), 640, cpp_wrapper=True)
+    assert not any(warpgroups(each, 640) for each in ((8, 0), (8, 9), (10, 0), (12, 0)))
 
 
 def test_a_transposed_tail() -> None:

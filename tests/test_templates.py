@@ -17,11 +17,11 @@ from support import FLOATS, check_blocks, check_float, check_int8, examples, fre
 from torch import Tensor
 from torch._inductor.virtualized import V
 
-from int8_inductor import _compat, autotune, lowering, ops
+from int8_inductor import autotune, lowering, ops
 from int8_inductor.templates import LOWERINGS, persistent, tiled, vector
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
-from int8_inductor.templates.tail import COLUMN, ROW, SCALAR, Tail
+from int8_inductor.templates.tail import ROW, SCALAR, Tail
 from int8_inductor.templates.tiled import TiledConfig
 from int8_inductor.templates.vector import VectorConfig
 
@@ -213,29 +213,26 @@ def test_when_the_vector_template_is_a_candidate() -> None:
         assert vector.candidates(one, device, Tail(SCALAR, SCALAR, block_size=128), thorough=False) == []
 
 
-# Which choice it was ---------------------------------------------------------------------------------------------------------------
+# Which candidate is taken -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_choice_that_a_kernel_came_from_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two choices the second is taken, and `chosen` knows which it was."""
-    problem, second = Problem(5, 33, 32, 32, tma=True), TiledConfig(32, 32, 32, 2, 4)
-    seen: list[int] = []
+@pytest.mark.parametrize("fastest", [0, 1])
+def test_the_fastest_candidate_is_taken_and_leaves_no_other_behind(fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = TiledConfig(16, 32, 32, 2, 4), TiledConfig(32, 32, 32, 2, 4)
 
-    def select(name: str, choices: list[Any], inputs: list[Any], layout: Any) -> Any:
-        constants = tiled.constants(second, problem, DEVICES["sm_90"], tail)
-        tiled.template(tail).maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, mutated_inputs=None, **constants)
-        result = _compat.select_choice(name, choices[1:], inputs, layout)
-        seen.append(_compat.chosen(result, choices))
-        return result
+    def timer(choice: Any, *args: Tensor, out: Tensor) -> float:
+        return 1.0 if f"({configs[fastest].block_m}, " in choice.log_info["tile_shape"] else 2.0
 
-    tail = Tail(ROW, COLUMN, activation="none")
-    monkeypatch.setattr(autotune, "select_choice", select)
+    monkeypatch.setattr(autotune.Kernel, "candidates", lambda self: [(tiled, config) for config in configs])
+    monkeypatch.setattr(autotune, "_median_ms", timer)
     case = Case(5, 33, 32)
-    with only(tiled, TiledConfig(16, 32, 32, 2, 4)):
-        compiled = case.scaled_mm("triton")
-    assert seen == [1]
-    assert compiled.has("BLOCK_M : tl.constexpr = 32\n")
-    check_float(compiled.output, case.want())
+    for operator, store in ((ops.scaled_mm, {}), (ops.scaled_mm_block_quant, {"block_size": 32})):
+        compiled = case.scaled_mm("triton", operator, store)
+        assert compiled.has(f"BLOCK_M : tl.constexpr = {configs[fastest].block_m}\n")
+        if store:
+            check_blocks(*compiled.output, case.want(narrow=True), 32)
+        else:
+            check_float(compiled.output, case.want())
 
 
 # Which configs are timed ----------------------------------------------------------------------------------------------------------
