@@ -117,6 +117,11 @@ def fits_tma(matrix: Any) -> bool:
     return multiples and rows_apart and aligned and _is_one(step)
 
 
+def _static(size: Any) -> int | None:
+    """A size that is known at compile time, or None."""
+    return int(size) if isinstance(size, (int, sympy.Integer)) else None
+
+
 def problem_of(a: Any, *weights: Any, groups: tuple[int, ...] = ()) -> Problem:
     """The Problem of realized boxes a [M, K] and a weight, or several that lie side by side."""
     m, k = a.get_size()
@@ -125,12 +130,13 @@ def problem_of(a: Any, *weights: Any, groups: tuple[int, ...] = ()) -> Problem:
         size_hint(m),
         sum(rows),
         size_hint(k),
-        static_k=int(k) if isinstance(k, (int, sympy.Integer)) else None,
+        static_k=_static(k),
         tma=all(map(fits_tma, (a, *weights))),
         one_row=_is_one(m),
         groups=groups,
         a_bytes=a.get_dtype().itemsize,
         side_by_side=tuple(rows) if len(rows) > 1 else (),
+        static_m=_static(m),
     )
 
 
