@@ -73,7 +73,7 @@ def device_of(device: torch.device, m: Any) -> Device:
         int(properties.shared_memory_per_block_optin),
         int(properties.multi_processor_count),
         tma=properties.major >= 9 and python_launches,
-        warpgroups=(properties.major, properties.minor) == CAPABILITY and writes_python() and isinstance(m, (int, sympy.Integer)),
+        warpgroups=(properties.major, properties.minor) == CAPABILITY and writes_python() and _static(m) is not None,
     )
 
 
@@ -93,6 +93,11 @@ def fits_tma(matrix: Any) -> bool:
     return multiples and rows_apart and aligned and is_one(step)
 
 
+def _static(size: Any) -> int | None:
+    """A size that is known at compile time, or None."""
+    return int(size) if isinstance(size, (int, sympy.Integer)) else None
+
+
 def problem_of(a: Any, *weights: Any, groups: tuple[int, ...] = ()) -> Problem:
     """The Problem of realized boxes a [M, K] and a weight, or several that lie side by side."""
     m, k = a.get_size()
@@ -101,12 +106,13 @@ def problem_of(a: Any, *weights: Any, groups: tuple[int, ...] = ()) -> Problem:
         size_hint(m),
         sum(rows),
         size_hint(k),
-        static_k=int(k) if isinstance(k, (int, sympy.Integer)) else None,
+        static_k=_static(k),
         tma=all(map(fits_tma, (a, *weights))),
         one_row=is_one(m),
         groups=groups,
         a_bytes=a.get_dtype().itemsize,
         side_by_side=tuple(rows) if len(rows) > 1 else (),
+        static_m=_static(m),
     )
 
 

@@ -20,6 +20,7 @@ from int8_inductor.templates import LOWERINGS
 from int8_inductor.templates.problem import Problem
 from int8_inductor.templates.tail import COLUMN, Tail
 from int8_inductor.templates.weight_split import WeightSplit
+from int8_inductor.templates.weight_stream import WeightStream
 from int8_inductor.templates.weight_vector import WeightVector
 
 N, K, GROUP = 4096, 4096, 128
@@ -36,14 +37,14 @@ class Case:
 
     @property
     def problem(self) -> Problem:
-        m = {WeightVector: 1, WeightSplit: 16}.get(type(self.template), 4096)
+        m = {WeightVector: 1, WeightSplit: 16, WeightStream: 16}.get(type(self.template), 4096)
         groups = () if self.name == "weight_int8_mm" else (GROUP,)
         return Problem(m, N, K, K, tma=True, one_row=m == 1, groups=groups, a_bytes=self.dtype.itemsize)
 
     @property
-    def kernel(self) -> tuple[str, Any, torch.dtype]:
-        """What is generated once; configs differ from each other in constants alone."""
-        return self.name, self.template, self.dtype
+    def kernel(self) -> tuple[Any, ...]:
+        """What is generated once; configs differ from each other in constants alone, those of streams in their text."""
+        return self.name, self.template, self.dtype, self.config if isinstance(self.template, WeightStream) else None
 
     @property
     def constants(self) -> dict[str, Any]:

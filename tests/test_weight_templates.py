@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from support import check_float, run
+from support import check_blocks, check_float, run
 from test_templates import DEVICES
 from weight_cases import NAMES, WeightCase, in_triton
 
 from int8_inductor import autotune
+from int8_inductor.epilogues import EPILOGUES
 from int8_inductor.templates import LOWERINGS
 from int8_inductor.templates.problem import Problem
 from int8_inductor.templates.tail import COLUMN, Tail
 from int8_inductor.templates.weight_only import EXPANDED_ROWS, HOPPER_EXPANDED_ROWS
 from int8_inductor.templates.weight_split import WeightSplit
+from int8_inductor.templates.weight_stream import WeightStream
 from int8_inductor.templates.weight_tiled import WeightTiled
 from int8_inductor.templates.weight_vector import WeightVector
 
@@ -43,9 +45,13 @@ def configs() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "template", "config"), configs())
 def test_every_config(device: str, name: str, template: Any, config: Any) -> None:
     """Two tiles in each direction, none of them whole, and K beyond one step; a vector has one row."""
-    m = 1 if isinstance(template, WeightVector) else min(config.block_m + 3, 16) if isinstance(template, WeightSplit) else config.block_m + 3
-    k = config.block_k + (8 if isinstance(template, WeightTiled) else 128) if hasattr(config, "block_k") else 4 * config.block_words + 16
-    group = 64 if isinstance(template, WeightSplit) else 32
+    few = isinstance(template, (WeightSplit, WeightStream))
+    m = 1 if isinstance(template, WeightVector) else min(config.block_m + 3, 16) if few else config.block_m + 3
+    if isinstance(template, WeightStream):
+        k = 128 * config.num_warps * config.groups
+    else:
+        k = config.block_k + (8 if isinstance(template, WeightTiled) else 128) if hasattr(config, "block_k") else 4 * config.block_words + 16
+    group = {WeightSplit: 64, WeightStream: 128}.get(type(template), 32)
     case = WeightCase(name, m, config.block_n + 5, k, groups=k // group + 1, group_size=group, bias=torch.bfloat16, device=device)
     with only(name, template, config):
         compiled = case.compiled("triton", {"out_dtype": torch.bfloat16})
@@ -54,20 +60,70 @@ def test_every_config(device: str, name: str, template: Any, config: Any) -> Non
     check_float(compiled.output, case.want())
 
 
+FEW = [(name, each) for name in NAMES for each in LOWERINGS[name].templates if isinstance(each, (WeightSplit, WeightStream))]
+few_rows = pytest.mark.parametrize(("name", "template"), FEW, ids=[f"{name}-{type(each).__name__}" for name, each in FEW])
+
+
+@few_rows
+@pytest.mark.parametrize("activation", EPILOGUES)
+def test_every_epilogue_of_few_rows(name: str, template: Any, activation: str) -> None:
+    case = WeightCase(name, 3, 40, 256, groups=2, group_size=128, activation=activation, bias=torch.float32, a_dtype=torch.float16)
+    with only(name, template, template.configs[0]):
+        check_float(case.compiled("triton").output, case.want())
+
+
+@few_rows
+@pytest.mark.parametrize("last", [False, True])
+def test_rows_and_steps(device: str, name: str, template: Any, last: bool) -> None:
+    """Rows that fill a tile, or not; K of whole steps, or not (`last`: the first config, or the last of the template's)."""
+    config = template.configs[-1 if last else 0]
+    step = config.num_warps * config.groups if isinstance(template, WeightStream) else config.splits
+    for m, steps in [(config.block_m, step), (config.block_m, step + 1), (config.block_m - 3, 2 * step)]:
+        case = WeightCase(name, m, config.block_n, 128 * steps, groups=steps, group_size=128, a_dtype=torch.float16, device=device)
+        with only(name, template, config):
+            compiled = case.compiled("triton", {"out_dtype": torch.float16})
+        assert compiled.has(f"EVEN_M : tl.constexpr = {m == config.block_m}\n")
+        check_float(compiled.output, case.want())
+
+
+@few_rows
+def test_int8_in_blocks_of_few_rows(device: str, name: str, template: Any) -> None:
+    (config, *_) = [each for each in template.configs if each.block_n == 32]
+    case = WeightCase(name, 5, 64, 256, groups=2, group_size=128, a_dtype=torch.float16, bias=torch.float32, device=device)
+    with only(name, template, config):
+        q, scale = case.compiled("triton", {"block_size": 32}, blocks=True).output
+    check_blocks(q, scale, case.want(narrow=True), 32)
+
+
+def test_a_stream_is_of_few_aligned_rows_in_groups_of_128() -> None:
+    stream = next(each for each in LOWERINGS["weight_int4_mm"].templates if isinstance(each, WeightStream))
+    good = Problem(4, 4096, 4096, 4096, tma=True, groups=(128,), a_bytes=2)
+    wrong = [{"m": 17}, {"static_k": None}, {"groups": (64,)}, {"groups": (32,)}, {"a_bytes": 4}, {"tma": False}, {"static_k": 4096 + 64}]
+    device, tail = DEVICES["sm_90"], Tail(bias=COLUMN)
+    assert stream.candidates(good, device, tail, thorough=False)
+    for each in wrong:
+        assert not stream.candidates(dataclasses.replace(good, **each), device, tail, thorough=True), each
+    found = stream.candidates(good, device, Tail(bias=COLUMN, block_size=32), thorough=False)
+    assert found
+    assert all(config.block_n == 32 for config in found)
+    assert not stream.candidates(good, device, Tail(bias=COLUMN, block_size=128), thorough=False)
+
+
 @pytest.mark.parametrize("gpu", DEVICES)
 @pytest.mark.parametrize("m", [1, 4, 16, 64, 1000])
 @pytest.mark.parametrize("name", NAMES)
 def test_candidates_are_legal_and_few(gpu: str, m: int, name: str) -> None:
     """Some for every number of rows, on every GPU; a vector for one row alone, splits for few."""
-    group = () if name == "weight_int8_mm" else (64,)
+    group = () if name == "weight_int8_mm" else (128,)
     problem = Problem(m, 4096, 4096, 4096, tma=True, one_row=m == 1, groups=group, a_bytes=1 if name.startswith("int8") else 2)
     tail = Tail(bias=COLUMN)
     found = {type(each): each.candidates(problem, DEVICES[gpu], tail, thorough=False) for each in LOWERINGS[name].templates}
     assert found[WeightTiled]
     assert bool(found[WeightSplit]) is (m <= 16) or DEVICES[gpu].shared_memory < 2**17
     assert m <= 16 or not found[WeightSplit]
+    assert bool(found.get(WeightStream)) is (m <= 16 and name == "weight_int4_mm")
     assert bool(found.get(WeightVector)) is (m == 1 and not name.startswith("int8"))
-    assert sum(map(len, found.values())) <= 10
+    assert sum(map(len, found.values())) <= 14
     for each in LOWERINGS[name].templates:
         assert all(each.is_legal(config, problem, DEVICES[gpu], tail) for config in found[type(each)])
 

@@ -11,9 +11,9 @@ __all__ = ["INTERPRETER", "TILE_ORDER", "Device", "Problem", "padded", "tiles"]
 class Problem:
     """A product of a [M, K] and a weight b of N rows.
 
-    m, n, k: sizes, or what symbolic ones are compiled for. static_k: K where it is known at compile time. tma: whether both operands can be read
-    through tensor descriptors, whatever the symbolic sizes are: K contiguous, and rows and their beginning at multiples of 16 bytes.
-    one_row: whether M is known to be 1. groups: what a product's main loop must know of its own operands, as the sizes of their groups or blocks.
+    m, n, k: sizes, or what symbolic ones are compiled for. static_m, static_k: M and K where they are known at compile time. tma: whether both
+    operands can be read through tensor descriptors, whatever the symbolic sizes are: K contiguous, and rows and their beginning at multiples of 16
+    bytes. one_row: whether M is known to be 1. groups: what a product's main loop must know of its own operands: the sizes of their groups or blocks.
     a_bytes: bytes of an element of a. side_by_side: rows of each of several weights that lie side by side; n is their sum.
     """
 
@@ -26,6 +26,7 @@ class Problem:
     groups: tuple[int, ...] = ()
     a_bytes: int = 1
     side_by_side: tuple[int, ...] = ()
+    static_m: int | None = None
 
 
 @dataclass(frozen=True)

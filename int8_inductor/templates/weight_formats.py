@@ -47,6 +47,11 @@ class Weight:
             return _INT4_TO_FLOAT if ptx else _INT4_TO_FLOAT_PORTABLE
         return (_INT4_TO_INT8 if ptx else _INT4_TO_INT8_PORTABLE) + f"\nw = tl.reshape(tl.join(low, high), {shape})"
 
+    @staticmethod
+    def convert_words(ptx: bool) -> str:
+        """Statements that make of words `b` of eight int4 their values `n0` to `n7`, in floats. `ptx`: two at a time, i and i + 4."""
+        return _WORDS_TO_FLOAT if ptx else _WORDS_TO_FLOAT_PORTABLE
+
 
 _GROUP_SCALES = {
     "B_SCALE": 'partial *= tl.load(B_SCALE + rbn * {{stride("B_SCALE", 0)}} + group * {{stride("B_SCALE", 1)}}{{INSIDE_ROW}})[:, None]',
@@ -60,8 +65,8 @@ _INT8_TO_FLOAT = '''if A.dtype.element_ty == tl.bfloat16:
         """{ .reg .b32 a, b, c, d;
         prmt.b32 a, $2, 0x43434343, 0x4140; prmt.b32 b, $2, 0x43434343, 0x4342;
         and.b32 c, a, 0xFF80FF80; and.b32 d, b, 0xFF80FF80; and.b32 a, a, 0xFF7FFF7F; and.b32 b, b, 0xFF7FFF7F;
-        neg.bf16x2 c, c; neg.bf16x2 d, d; mov.b32 $0, 0x3F803F80;
-        fma.rn.bf16x2 $1, b, $0, d; fma.rn.bf16x2 $0, a, $0, c; }""",
+        mov.b32 $0, 0xBF80BF80;
+        fma.rn.bf16x2 $1, d, $0, b; fma.rn.bf16x2 $0, c, $0, a; }""",
         "=&r,=&r,r", [b], dtype=tl.bfloat16, is_pure=True, pack=4,
     )
 elif A.dtype.element_ty == tl.float16:
@@ -102,6 +107,25 @@ else:
     high = (b >> 4).to(tl.float32) - 8.0'''
 _INT4_TO_FLOAT_PORTABLE = """low = ((b & 15).to(tl.float32) - 8.0).to(A.dtype.element_ty)
 high = ((b >> 4).to(tl.float32) - 8.0).to(A.dtype.element_ty)"""
+
+# The same without bytes taken apart: nibble i of a word and nibble i + 4 lie 16 bits apart. lop3 0xEA: (a & b) | c.
+_WORD_TO_FLOAT = '''    n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
+        """{{ .reg .b32 t, p, q, r, s, one, off;
+        mov.b32 one, {one}; mov.b32 off, {off};
+        lop3.b32 p, $8, 0x000F000F, {high}, 0xEA;
+        shr.u32 t, $8, 4; lop3.b32 q, t, 0x000F000F, {high}, 0xEA;
+        shr.u32 t, $8, 8; lop3.b32 r, t, 0x000F000F, {high}, 0xEA;
+        shr.u32 t, $8, 12; lop3.b32 s, t, 0x000F000F, {high}, 0xEA;
+        fma.rn.{kind}x2 p, p, one, off; fma.rn.{kind}x2 q, q, one, off;
+        fma.rn.{kind}x2 r, r, one, off; fma.rn.{kind}x2 s, s, one, off;
+        mov.b32 {{$0, $4}}, p; mov.b32 {{$1, $5}}, q; mov.b32 {{$2, $6}}, r; mov.b32 {{$3, $7}}, s; }}""",
+        "=h,=h,=h,=h,=h,=h,=h,=h,r", [b], dtype=({dtypes}), is_pure=True, pack=1,
+    )'''
+_WORDS_TO_FLOAT = f"""if A.dtype.element_ty == tl.bfloat16:
+{_WORD_TO_FLOAT.format(kind="bf16", one="0x3F803F80", off="0xC308C308", high="0x43004300", dtypes=", ".join(["tl.bfloat16"] * 8))}
+else:
+{_WORD_TO_FLOAT.format(kind="f16", one="0x3C003C00", off="0xE408E408", high="0x64006400", dtypes=", ".join(["tl.float16"] * 8))}"""
+_WORDS_TO_FLOAT_PORTABLE = "\n".join(f"n{i} = (((b >> {4 * i}) & 15).to(tl.float32) - 8.0).to(A.dtype.element_ty)" for i in range(8))
 
 # 16 * (value + 8) with its highest bit turned is 16 * value in two's complement; lop3 0x6A: (a & b) ^ c.
 _INT4_TO_INT8 = '''low, high = tl.inline_asm_elementwise(

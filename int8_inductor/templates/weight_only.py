@@ -22,14 +22,16 @@ from .problem import Device, Problem
 from .types import Lowering
 from .weight_formats import INT4, INT8, INT8_GROUPS, INT8_INT4, INT8_INT4_GROUPS, Weight
 from .weight_split import SplitConfig, WeightSplit
+from .weight_stream import WeightStream
 from .weight_tiled import WeightConfig, WeightTiled
 from .weight_vector import WeightVector
 
 __all__ = ["LOWERINGS"]
 
-# Measured on an H200 on Llama's shapes (N x K: 6144 x 4096, 4096 x 4096, 28672 x 4096, 4096 x 14336), against cuBLAS in bfloat16, geometric means:
-# int8 1.67 at M = 1 (vector), 1.46 at 4, 1.41 at 16, 0.86 at 64; int4 1.59, 1.68 and 1.37 at 1, 4 and 16. Beyond, what is converted for each tile of
-# rows anew costs more than the tensor cores have to spare: int8 0.49 at 256, 0.59 at 1024. 256 x 128 tiles with 8 warps came out wrong (Triton 3.6).
+# Measured on an H200 on Llama's shapes (N x K: 6144 x 4096, 4096 x 4096, 28672 x 4096, 4096 x 14336), against cuBLAS in bfloat16, geometric means
+# over the best of each shape: int8 1.71, 1.65 and 1.48 at M = 1, 4 and 16 (split), 0.67 at 64 with one config for all; int4 2.22, 2.08 (stream) and
+# 1.51 (both). Beyond, what is converted for each tile of rows anew costs more than the tensor cores have to spare: int8 0.56 at 256, 0.59 at 1024.
+# 256 x 128 tiles with 8 warps came out wrong (Triton 3.6).
 INT8_CONFIGS = (
     WeightConfig(128, 128, 64, 4, 4),
     WeightConfig(64, 64, 128, 4, 4),
@@ -143,18 +145,20 @@ def _group(operands: Mapping[str, Any]) -> tuple[int, ...]:
     return (operands["group_size"],)
 
 
-def _templates(weight: Weight, tiles: tuple[WeightConfig, ...], *, vector: bool = False) -> tuple[Any, ...]:
-    """The main loops for one kind of weight."""
-    return (WeightTiled(weight, tiles), WeightSplit(weight, SPLIT_CONFIGS), *((WeightVector(weight),) if vector else ()))
+def _templates(weight: Weight, tiles: tuple[WeightConfig, ...], *more: type) -> tuple[Any, ...]:
+    """The main loops for one kind of weight, `more` besides those that all have."""
+    return (WeightTiled(weight, tiles), WeightSplit(weight, SPLIT_CONFIGS), *(each(weight) for each in more))
 
 
 _IN_GROUPS: dict[str, Any] = {"loop": ("b_scale",), "groups": _group}
 LOWERINGS = (
     Lowering(
-        WEIGHT_INT8_MM, (*_templates(INT8, INT8_CONFIGS, vector=True), hopper_weights), _expand_int8, _memory, expands=_int8_expands
+        WEIGHT_INT8_MM, (*_templates(INT8, INT8_CONFIGS, WeightVector), hopper_weights), _expand_int8, _memory, expands=_int8_expands
     ),
-    Lowering(WEIGHT_INT8_GROUP_MM, _templates(INT8_GROUPS, GROUP_CONFIGS, vector=True), _expand_int8_groups, _memory, expands=_expands, **_IN_GROUPS),
-    Lowering(WEIGHT_INT4_MM, _templates(INT4, GROUP_CONFIGS, vector=True), _expand_int4, _memory, expands=_expands, **_IN_GROUPS),
+    Lowering(
+        WEIGHT_INT8_GROUP_MM, _templates(INT8_GROUPS, GROUP_CONFIGS, WeightVector), _expand_int8_groups, _memory, expands=_expands, **_IN_GROUPS
+    ),
+    Lowering(WEIGHT_INT4_MM, _templates(INT4, GROUP_CONFIGS, WeightStream, WeightVector), _expand_int4, _memory, expands=_expands, **_IN_GROUPS),
     Lowering(INT8_INT4_MM, (*_templates(INT8_INT4, INT8_INT4_CONFIGS), HOPPER_INT8_INT4), _expand_int8_int4, _memory, **_IN_GROUPS),
     Lowering(INT8_INT4_GROUP_MM, _templates(INT8_INT4_GROUPS, LOW_REGISTERS), _expand_both, _memory, loop=("a_scale", "b_scale"), groups=_group),
 )
