@@ -42,6 +42,7 @@ class ExpertJob:
     functions: dict[str, str]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
     capability: int
 
 
@@ -51,7 +52,16 @@ def record(call: Callable[..., Any], capability: int, *args: Any, **kwargs: Any)
 
     jobs: list[ExpertJob] = []
 
-    def recorded(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], *, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+    def recorded(
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: Sequence[Any],
+        *,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        maxnreg: int | None = None,
+        **constants: Any,
+    ) -> None:
         names = list(inspect.signature(kernel.fn).parameters)
         assert names[len(args) :] == list(constants), "constants come in the kernel's order"
         signature = {name: _TYPES[each.dtype] if isinstance(each, Tensor) else "i32" for name, each in zip(names, args, strict=False)}
@@ -59,7 +69,7 @@ def record(call: Callable[..., Any], capability: int, *args: Any, **kwargs: Any)
         functions = {name: each.__name__ for name, each in constants.items() if hasattr(each, "fn")}
         numbers = {name: each for name, each in constants.items() if name not in functions}
         signature |= dict.fromkeys(constants, "constexpr")
-        jobs.append(ExpertJob(kernel.__name__, signature, numbers, functions, num_warps, num_stages, capability))
+        jobs.append(ExpertJob(kernel.__name__, signature, numbers, functions, num_warps, num_stages, maxnreg, capability))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_launch", recorded)
@@ -101,7 +111,7 @@ def _compile(job: ExpertJob, folder: str, number: int) -> MachineCode:
         constexprs={(names.index(name),): value for name, value in values.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "maxnreg": job.maxnreg}
     return measure(triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options), folder, number)
 
 

@@ -13,11 +13,17 @@ __all__ = ["BLOCK_K", "ExpertConfig", "GroupedConfig", "choose", "choose_grouped
 
 @dataclass(frozen=True)
 class GroupedConfig:
-    """Tile of the weight's rows, warps and pipeline stages of one product."""
+    """Tile of the weight's rows, warps and pipeline stages of one product; in how many parts a tile is computed, how many dots a stage holds where
+    the weight is int4, and registers a thread at most, so that more programs share a multiprocessor.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
+    parts: int = 1
+    dots: int = 1
+    registers: int | None = None
+    bits: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class ExpertConfig:
     block_m: int
     gate_up: GroupedConfig
     down: GroupedConfig
+    group_m: int = 8
 
 
 # H200, 256 experts, top 8, hidden 2048, intermediate 512: ms for the layer at 1, 64, 1024, 4096 tokens, for which a layer of bf16
@@ -56,6 +63,7 @@ GROUPED = (
 
 BLOCK_K = ACT_BLOCK
 """K of a step where the weight is int8: one scale of an activation."""
+X_BLOCK = ACT_BLOCK
 RESERVED = 1024
 """Bytes of shared memory that every block takes for itself."""
 

@@ -19,6 +19,8 @@ __all__ = ["moe_experts", "scaled_grouped_mm"]
 PAIRS, COMPARISONS = 256, 16384
 """Pairs that a program of `place` puts in their place; comparisons of tiles with experts that a program makes."""
 COMBINE_COLUMNS = 1024
+GROUP_M = 8
+"""Tiles of rows that share tiles of weights in scaled_grouped_mm."""
 ALIGNMENT = 16
 """Bytes of which Triton wants to know whether a tensor begins at a multiple of them."""
 
@@ -47,22 +49,33 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def _block_k(weight: Tensor, group: int) -> int:
-    return configs.step_int4(group) if is_int4(weight) else configs.BLOCK_K
-
-
-def _tile(config: configs.GroupedConfig, rows: int, columns: int, block_k: int, activation: Tensor, weight: Tensor) -> dict[str, int]:
+def _tile(config: configs.GroupedConfig, rows: int, columns: int, group: int, activation: Tensor, weight: Tensor) -> dict[str, Any]:
     """`config` as launch constants, for `rows` rows of weights and `columns` of activations a step, in the shared memory that there is."""
-    weight_bytes = rows * block_k // (2 if is_int4(weight) else 1)
-    fitted = configs.fitted(config, weight_bytes + columns * block_k * activation.element_size(), _shared_memory(weight.device))
-    return {"BLOCK_N": fitted.block_n, "BLOCK_K": block_k, "num_warps": fitted.num_warps, "num_stages": fitted.num_stages}
+    int4 = is_int4(weight)
+    block_k = configs.step_int4(group) if int4 else configs.BLOCK_K
+    dots = config.dots if int4 and group == block_k else 1
+    bytes_of_k = rows / (2 if int4 else 1) + columns * activation.element_size()
+    fitted = configs.fitted(config, int(dots * block_k * bytes_of_k), _shared_memory(weight.device))
+    return {
+        "BLOCK_N": fitted.block_n, "BLOCK_K": block_k, "DOTS": dots,
+        "num_warps": fitted.num_warps, "num_stages": fitted.num_stages, "maxnreg": fitted.registers,
+    }  # fmt: skip
 
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 """What was launched -> the compiled kernel."""
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    maxnreg: int | None = None,
+    **constants: Any,
+) -> None:
     """Launch a kernel with its arguments and then, by name and in the kernel's order, its constants.
 
     Triton's own launcher takes 30 us for so many constants, which is more than these kernels run for a few tokens. Here it compiles, and
@@ -72,9 +85,9 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *, num_wa
         kernel[grid](*args, **constants)  # Triton's interpreter
         return
     kinds = tuple((each.dtype, each.data_ptr() % ALIGNMENT == 0) if isinstance(each, Tensor) else None for each in args)
-    key = (kernel.__name__, args[0].device, kinds, num_warps, num_stages, *constants.values())
+    key = (kernel.__name__, args[0].device, kinds, num_warps, num_stages, maxnreg, *constants.values())
     if (compiled := _COMPILED.get(key)) is None:
-        _COMPILED[key] = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+        _COMPILED[key] = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     else:
         compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
 
@@ -112,7 +125,7 @@ def moe_experts(
         return x.new_empty(0, n)
     x, top_k_index, top_k_weights = x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
     int4, int8_x, pairs = is_int4(gate_up), not weight_only, tokens * slots
-    x_block, ptx = ACT_BLOCK if int4 and int8_x else 0, x.device.type == "cuda"
+    x_block, ptx = configs.X_BLOCK if int4 and int8_x else 0, x.device.type == "cuda"
     counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
     rank = torch.empty(pairs, dtype=torch.int32, device=x.device)
     q = torch.empty_like(x, dtype=torch.int8 if int8_x else x.dtype)
@@ -131,20 +144,22 @@ def moe_experts(
     hidden = torch.empty(pairs, inner, dtype=q.dtype, device=x.device)
     hidden_scale = torch.empty(pairs, triton.cdiv(inner, ACT_BLOCK), dtype=torch.float32, device=x.device)
     group = k // gate_up_scale.shape[2]
-    tile = _tile(config.gate_up, 2 * config.gate_up.block_n, block_m, _block_k(gate_up, group), q, gate_up)
+    tile = _tile(config.gate_up, 2 * config.gate_up.block_n, block_m, group, q, gate_up)
     _launch(
         kernels.gate_up, (tiles * triton.cdiv(inner, config.gate_up.block_n),),
         (q, q_scale, gate_up, gate_up_scale, hidden, hidden_scale, *schedule),
-        K=k, INNER=inner, GROUP=group, TOP_K=slots, X_BLOCK=x_block, INT4=int4, INT8_X=int8_x, ACTIVATION=getattr(kernels, activation), PTX=ptx,
-        BLOCK_M=block_m, **tile,
+        K=k, INNER=inner, GROUP=group, TOP_K=slots, X_BLOCK=x_block, INT4=int4, INT8_X=int8_x, ACTIVATION=getattr(kernels, activation),
+        BITS=config.gate_up.bits, PTX=ptx,
+        GROUP_M=config.group_m, PARTS=config.gate_up.parts, BLOCK_M=block_m, **tile,
     )  # fmt: skip
 
     y = torch.empty(pairs, n, dtype=x.dtype, device=x.device)
     group = inner // down_scale.shape[2]
-    tile = _tile(config.down, config.down.block_n, block_m, _block_k(down, group), q, down)
+    tile = _tile(config.down, config.down.block_n, block_m, group, q, down)
     _launch(
         kernels.down, (tiles * triton.cdiv(n, config.down.block_n),), (hidden, hidden_scale, down, down_scale, y, top_k_weights, *schedule),
-        N=n, K=inner, GROUP=group, H_BLOCK=ACT_BLOCK, INT4=int4, INT8_X=int8_x, PTX=ptx, BLOCK_M=block_m, **tile,
+        N=n, K=inner, GROUP=group, H_BLOCK=ACT_BLOCK, INT4=int4, INT8_X=int8_x, BITS=config.down.bits, PTX=ptx,
+        GROUP_M=config.group_m, PARTS=config.down.parts, BLOCK_M=block_m, **tile,
     )  # fmt: skip
     return _combine(y, top_k_index, experts)
 
@@ -173,9 +188,10 @@ def scaled_grouped_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, of
         kernels.schedule, (triton.cdiv(most, tiles),), (offs, ends, tile_expert, tile_first, rows, most),
         E=experts, EXPERTS=power, BLOCK_M=block_m, TILES=tiles, num_warps=8,
     )  # fmt: skip
-    tile = _tile(config, config.block_n, block_m, configs.BLOCK_K, a, b)
+    tile = _tile(config, config.block_n, block_m, k, a, b)
+    tile.pop("DOTS")
     _launch(
         kernels.grouped, (most * triton.cdiv(n, config.block_n),), (a, a_scale, b, b_scale, y, ends, tile_expert, tile_first),
-        N=n, K=k, E=experts, A_SCALE_STEP=int(a_scale.numel() > 1), BLOCK_M=block_m, **tile,
+        N=n, K=k, E=experts, A_SCALE_STEP=int(a_scale.numel() > 1), GROUP_M=GROUP_M, BLOCK_M=block_m, **tile,
     )  # fmt: skip
     return y

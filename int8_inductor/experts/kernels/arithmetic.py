@@ -62,18 +62,21 @@ def to_int8(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def scale_of(x, axis: tl.constexpr, IEEE: tl.constexpr):
-    """Scale of symmetric int8 along `axis`, max|x| / 127, and its reciprocal; NaN where x is not finite. IEEE: as eager torch rounds them on a CPU.
+def largest(x, axis: tl.constexpr):
+    """max|x| along `axis`, infinity where x is not finite: tl.max may drop a NaN."""
+    return tl.max(tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf")), axis)
+
+
+@triton.jit
+def scale_of(amax, IEEE: tl.constexpr):
+    """Scale of symmetric int8 for values up to amax, amax / 127, and its reciprocal; NaN for infinity. IEEE: as eager torch rounds them on a CPU.
 
     Triton's `/` is good to 2 ulp. Half of the largest value of a row is 63.5 steps, a tie, and there an ulp decides which int8 it becomes: of rows of
     256 bfloat16 every third has such a value. Hidden values are not exact, so for them it does not matter, and IEEE divisions take
     up to a fifth more instructions of the kernel.
     """
-    # tl.max may drop a NaN.
-    finite = tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis) == 1
-    amax = tl.max(tl.abs(x), axis)
     scale = tl.maximum(tl.div_rn(amax, 127.0) if IEEE else amax / 127.0, TINY)
-    scale = tl.where(finite, scale, float("nan"))
+    scale = tl.where(amax < float("inf"), scale, float("nan"))
     return scale, tl.div_rn(1.0, scale) if IEEE else 1.0 / scale
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import scale_of, to_int8
+from .arithmetic import largest, scale_of, to_int8
 
 
 @triton.jit
@@ -48,12 +48,12 @@ def prepare(
             BLOCKS: tl.constexpr = 2 * HALF // X_BLOCK
             COUNT: tl.constexpr = (K + X_BLOCK - 1) // X_BLOCK
             blocks = tl.reshape(x, (BLOCKS, X_BLOCK))
-            scale, inverse = scale_of(blocks, 1, True)
+            scale, inverse = scale_of(largest(blocks, 1), True)
             block = tl.arange(0, BLOCKS)
             tl.store(X_SCALE + token.to(tl.int64) * COUNT + block, scale, mask=block < COUNT)
             x = tl.reshape(blocks * inverse[:, None], (2 * HALF,))
         else:
-            scale, inverse = scale_of(x, 0, True)
+            scale, inverse = scale_of(largest(x, 0), True)
             tl.store(X_SCALE + token, scale)
             x = x * inverse
         x = to_int8(x, PTX)
