@@ -328,7 +328,8 @@ def test_stock_inductors_int8_path_is_a_peer() -> None:
         output, (code,) = run_and_get_code(variant.compiled(converted), x)
         noise = (output - model(x)).square().sum() / model(x).square().sum()
     assert code.count("torch.ops.onednn.qlinear_pointwise.") == 2
-    assert 1e-7 < noise < 1e-3
+    # Without VNNI oneDNN adds pairs of products in int16, which saturates.
+    assert 1e-7 < noise < (1e-3 if torch.cpu._is_vnni_supported() else 0.05)
 
 
 def test_models_that_run_without_being_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
