@@ -26,6 +26,7 @@ from .ahead import KERNELS, compile_all_ahead
 from .autotune import Kernel, autotune
 from .either import either
 from .explain import record_kernel, recorded
+from .gluon.template import workspace_of
 from .kernels import KernelPreference, parse, resolve
 from .operands import argument, as_operand, computed_once, device_of, has_ptx, is_thorough, problem_of, with_known_strides
 from .products import PRODUCTS, Product
@@ -165,7 +166,8 @@ def _lower_triton(call: _Call) -> Any:
         scales.realize()
     kernel = _kernel(call, scales)
     result, lasts = autotune(kernel)
-    record_kernel(V.graph.current_node, in_words(kernel, lasts, call.last), kernel.tail.describe())
+    unpacked = f", the weight unpacked to {workspace} bytes" if (workspace := workspace_of(result)) else ""
+    record_kernel(V.graph.current_node, in_words(kernel, lasts, call.last) + unpacked, kernel.tail.describe())
     return result if scales is None else (result, scales)
 
 

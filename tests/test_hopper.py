@@ -112,6 +112,7 @@ def test_weights(product: str, config: Any, sizes: tuple[int, ...], activation: 
     with only(product, config):
         compiled = case.compiled("triton", store={"out_dtype": torch.bfloat16})
     assert compiled.kernels == ["triton_tem_gluon"]
+    assert compiled.has(f'"workspace": {sizes[1] * case.depth if product == "int8_int4_mm" else 0}')
     check_float(compiled.output, case.want(narrow=True))
 
 
@@ -202,7 +203,7 @@ def test_a_transposed_tail() -> None:
 
 
 def test_a_launch_as_text() -> None:
-    how = Launch((Box(64, 128, "int8", 128), Box(128, 32, "int16", 64)), ("float32", "bfloat16"), (128, 256), 4096, 2, 128, unpack=True)
+    how = Launch((Box(64, 128, "int8", 128), Box(128, 32, "int16", 64)), ("float32", "bfloat16"), (128, 256), 4096, 2, 128, workspace=4096)
     assert Launch.from_json(how.to_json()) == how
 
 

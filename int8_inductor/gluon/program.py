@@ -54,8 +54,8 @@ class Launch:
     """How a kernel is launched. Its arguments are a descriptor for each of `boxes`, the other tensors, the result, and M.
 
     arguments: dtypes of the other tensors and of the result, by torch's names. tile: rows and columns of the result that a program takes at a time.
-    columns: of the result. programs: how many share a multiprocessor. max_registers: a thread's, or None for what fits. unpack: whether the second
-    operand is packed int4, which is unpacked to int8 in memory first.
+    columns: of the result. programs: how many share a multiprocessor. max_registers: a thread's, or None for what fits. workspace: bytes that the
+    second operand, packed int4, is unpacked to before; 0 where it is not.
     """
 
     boxes: tuple[Box, ...]
@@ -64,7 +64,7 @@ class Launch:
     columns: int
     programs: int
     max_registers: int | None = None
-    unpack: bool = False
+    workspace: int = 0
 
     def to_json(self) -> str:
         """As a constant in generated code."""
@@ -133,7 +133,7 @@ def run(*operands: Tensor, source: str, launch: str, out: Tensor) -> Tensor:
     if out.data_ptr() % ALIGNMENT:
         raise ValueError(f"out must begin at a multiple of {ALIGNMENT} bytes, got address {out.data_ptr():#x}")
     compiled, how, multiprocessors = _compiled(source, launch, out.device)
-    if how.unpack:
+    if how.workspace:
         operands = (operands[0], expand_int4(operands[1]), *operands[2:])
     m, count = out.shape[0], len(how.boxes)
     tiles = -(-m // how.tile[0]) * -(-how.columns // how.tile[1])

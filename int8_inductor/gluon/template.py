@@ -13,7 +13,7 @@ from torch._inductor.select_algorithm import ExternKernelChoice
 from . import program
 from .program import Launch
 
-__all__ = ["GluonTemplate", "is_gluon", "swapped"]
+__all__ = ["GluonTemplate", "is_gluon", "swapped", "workspace_of"]
 
 _RUN = ExternKernelChoice(program.run, name="int8_inductor_gluon")
 """`extern_kernels.int8_inductor_gluon`, as generated code calls it; registered wherever this package's lowerings are."""
@@ -22,6 +22,12 @@ _RUN = ExternKernelChoice(program.run, name="int8_inductor_gluon")
 def is_gluon(choice: Any) -> bool:
     """Whether a choice is one of these kernels."""
     return getattr(choice, "choice", None) is _RUN
+
+
+def workspace_of(box: Any) -> int:
+    """Bytes of memory that the kernel of a result takes while it runs, where it is one of these."""
+    buffer = box.data.data
+    return Launch.from_json(buffer.kwargs["launch"]).workspace if getattr(buffer, "python_kernel_name", None) == _RUN.call_name() else 0
 
 
 def swapped(statements: Sequence[str]) -> list[str]:

@@ -49,7 +49,7 @@ class Loop:
     left, right: boxes of one step, of 0 rows; their rows are the config's, and an activation's dtype its own. k: of a step. steps: of a trip of the
     loop, whose trips are whole.
     transposed: whether the weight is the left operand, so that the tile lies transposed. operands: that the loop reads besides a and b.
-    functions: of its own. instruction_k: K of one tensor-core instruction. unpack: see Launch.
+    functions: of its own. instruction_k: K of one tensor-core instruction. unpack: whether the weight is int4, unpacked in memory.
     """
 
     name: str
@@ -170,7 +170,7 @@ def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
             columns=int(layout.size[1]),
             programs=constants["PROGRAMS"],
             max_registers=constants["MAX_REGISTERS"],
-            unpack=loop.unpack,
+            workspace=int(layout.size[1]) * int(operands[0].get_size()[1]) if loop.unpack else 0,
         )
 
     return GluonTemplate(_source(loop, tail), _names(loop, tail), launch)
