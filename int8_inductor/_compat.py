@@ -34,6 +34,7 @@ __all__ = [
     "hints",
     "run_apart",
     "run_of",
+    "share_triton_cache",
     "size_hint",
     "start_compiling",
     "submit_to_compile_workers",
@@ -257,13 +258,30 @@ def start_compiling(choice: Any) -> None:
         compiler.triton(kernel_name=choice.bmreq.kernel_name, source_code=source)
 
 
-def submit_to_compile_workers(fn: Callable[..., None], *args: Any) -> Future[None] | None:
-    """`fn(*args)` in one of Inductor's compile workers, which imports it by name; None where there are none."""
+def share_triton_cache(device: torch.device) -> dict[str, str]:
+    """Have Triton in this process use the cache that Inductor gives it for a device; and the environment in which a compile worker does too."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+
+    directory = os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
+    return {"TORCHINDUCTOR_CACHE_DIR": cache_dir(), "TRITON_CACHE_DIR": directory}
+
+
+_IN_WORKER = """
+import os
+from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+_set_triton_ptxas_path()
+os.environ.update({environment!r})
+"""
+
+
+def submit_to_compile_workers(definitions: str, call: str, device: torch.device) -> Future[None] | None:
+    """Run Python text in one of Inductor's compile workers, as it compiles there for `device`; None where there are no workers."""
     from torch._inductor.async_compile import AsyncCompile
 
     if not AsyncCompile.use_process_pool():
         return None
-    future: Future[None] = AsyncCompile.process_pool().submit(fn, *args)
+    text = f"{definitions}{_IN_WORKER.format(environment=share_triton_cache(device))}{call}\n"
+    future: Future[None] = AsyncCompile.process_pool().submit(exec, text, {})
     return future
 
 

@@ -138,6 +138,6 @@ def compile_ahead(kernels: Iterable[Kernel]) -> None:
             with kernel.stands():
                 for choice in kernel.choices(kernel.candidates()):
                     if is_gluon(choice):
-                        program.start_compiling(**choice.kwargs)
+                        program.start_compiling(kernel.layout.device, **choice.kwargs)
                         continue
                     start_compiling(choice)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +21,7 @@ from block_cases import BlockCase
 from hopper_cases import FAST, H200, JOBS, compile_jobs
 from kernel_cases import Case, out_scale
 from support import check_float, check_int8
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.virtualized import V
 from weight_cases import WeightCase
 
@@ -138,6 +144,32 @@ def test_machine_code() -> None:
         assert job.config.programs * (code.shared + 1024) <= 228 * 1024, (job, code)
         # What stays in flight: the newest product, or none while an operand in registers is made anew.
         assert code.waits[0] == (0 if loop is hopper_weights.LOOP else 1), (job, code)
+
+
+def test_a_compile_worker_leaves_the_kernel_in_tritons_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text that a worker runs, in a process like a worker: it imports nothing of this package."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    texts: list[str] = []
+
+    class Pool:
+        """Inductor's workers."""
+
+        def submit(self, fn: Any, text: str, names: dict[str, Any]) -> Future[None]:
+            assert (fn, names) == (exec, {})
+            texts.append(text)
+            return Future()
+
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: True)
+    monkeypatch.setattr(AsyncCompile, "process_pool", Pool)
+    monkeypatch.setattr(program, "_UNDER_WAY", {})
+    source, launch = JOBS[0].program()
+    for _ in range(2):
+        program.start_compiling(torch.device("cuda", 0), source, launch)
+    (text,) = texts
+    env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
+    check = "\nimport sys\nassert not any(name.startswith('int8_inductor') for name in sys.modules)\n"
+    subprocess.run([sys.executable, "-c", text + check], env=env, check=True, cwd=tmp_path)
+    assert list(tmp_path.glob("*/kernel.cubin"))
 
 
 # Without a GPU --------------------------------------------------------------------------------------------------------------------

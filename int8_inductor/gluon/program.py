@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat import submit_to_compile_workers
+from .._compat import share_triton_cache, submit_to_compile_workers
 from ..expand_int4 import expand_int4
 from . import compiling
 
@@ -98,11 +98,10 @@ _UNDER_WAY: dict[tuple[str, str], Future[None]] = {}
 """What compile workers were given and nobody has asked for yet."""
 
 
-def start_compiling(source: str, launch: str) -> None:
+def start_compiling(device: torch.device, source: str, launch: str) -> None:
     """Hand a kernel to Inductor's compile workers, where there are any."""
     if (source, launch) not in _UNDER_WAY:
-        call = f"compile_kernel{_arguments(source, launch)!r}"
-        future = submit_to_compile_workers(exec, f"{inspect.getsource(compiling)}\n{call}\n", {})
+        future = submit_to_compile_workers(inspect.getsource(compiling), f"compile_kernel{_arguments(source, launch)!r}", device)
         if future is not None:
             _UNDER_WAY[source, launch] = future
 
@@ -110,6 +109,7 @@ def start_compiling(source: str, launch: str) -> None:
 @functools.cache
 def _compiled(source: str, launch: str, device: torch.device) -> tuple[Any, Launch, int]:
     """The kernel, loaded on `device`; its launch; how many multiprocessors there are."""
+    share_triton_cache(device)
     if (under_way := _UNDER_WAY.pop((source, launch), None)) is not None:
         under_way.result()
     properties: Any = torch.cuda.get_device_properties(device)
