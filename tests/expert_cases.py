@@ -101,9 +101,8 @@ class ExpertCase:
         if self.weight_only:
             both = product64(Bounded(x.double(), torch.zeros_like(x, dtype=torch.float64)), up_weight, self.k)
         else:
-            block = ACT_BLOCK if self.layout == "w4a8" else None
-            q, scale = (t.cpu() for t in quantize_activation(x.to(quantized_on), block))
-            exact = q.double() * expand(scale.double(), self.k, block or self.k)
+            q, scale = (t.cpu() for t in quantize_activation(x.to(quantized_on), None))
+            exact = q.double() * scale.double()
             both = product64(Bounded(exact, torch.zeros_like(exact)), up_weight, -(-self.k // 32))
         hidden = self._hidden(both)
         if self.weight_only:
@@ -117,11 +116,6 @@ class ExpertCase:
         error = LIPSCHITZ * gate_error + EVALUATION * U * gate.abs() + SUBNORMAL
         value = activated * up
         return Bounded(value, error * up.abs() + activated.abs() * up_error + error * up_error + 2 * U * value.abs() + SUBNORMAL)
-
-
-def expand(scale: Tensor, k: int, block: int) -> Tensor:
-    """Scales [R, blocks] as [R, K]."""
-    return scale.repeat_interleave(block, 1)[:, :k]
 
 
 def product64(x: Bounded, weight: Tensor, terms: int) -> Bounded:

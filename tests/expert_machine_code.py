@@ -74,6 +74,7 @@ def record(call: Callable[..., Any], capability: int, *args: Any, **kwargs: Any)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_launch", recorded)
         patch.setattr(launch, "_shared_memory", lambda device: ARCHITECTURES[capability])
+        patch.setattr(launch, "_hopper", lambda device: capability == 90)
         call(*args, **kwargs)
     return jobs
 

@@ -20,7 +20,7 @@ DTYPES = {
     "w4a16 in float16": torch.float16,
     "w4a16 in float32": torch.float32,
 }
-TOKENS = {"few": 1, "some": 1024, "many": 8192}
+TOKENS = {"few": 1, "some": 1024, "many": 8192, "most": 16384}
 
 
 def launches(layout: str, tokens: int, capability: int, group: int = 128) -> list[ExpertJob]:
@@ -49,9 +49,9 @@ def grouped_launches(capability: int) -> list[ExpertJob]:
 CASES = [
     *((layout, tokens, 90, 128) for layout in ("w8a8", "w4a8", "w4a16") for tokens in TOKENS.values()),
     *((layout, 1024, 90, 128) for layout in ("w4a16 in float16", "w4a16 in float32")),
-    ("w4a8", 1024, 90, 32),
+    *(("w4a8", tokens, 90, group) for tokens, group in ((1024, 32), (1024, 64), (16384, 64))),
     ("w4a16", 1, 90, 64),
-    *((layout, 1024, capability, 128) for layout in ("w8a8", "w4a8") for capability in (80, 120)),
+    *((layout, tokens, capability, 128) for layout in ("w8a8", "w4a8") for tokens in (1024, 16384) for capability in (80, 120)),
 ]
 
 

@@ -55,7 +55,7 @@ TABLES = {"w8a8": configs.W8A8, "w4a8": configs.W4A8, "w4a16": (*configs.W4A16, 
 @pytest.mark.parametrize(("layout", "config"), [(layout, config) for layout, table in TABLES.items() for config in table], ids=str)
 def test_every_config(device: str, layout: str, config: ExpertConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two experts with two tiles each and more than one tile of weight rows, none of them whole, and K beyond a step."""
-    monkeypatch.setattr(configs, "choose", lambda *args: config)
+    monkeypatch.setattr(configs, "choose", lambda *args, **kwargs: config)
     case = ExpertCase(layout, 2, 256, 160, config.down.block_n + 9, tokens=2 * config.block_m + 3, group=32, dtype=torch.bfloat16, device=device)
     check_float(compute(case, "triton"), case.want())
 
@@ -200,14 +200,13 @@ def test_grouped_product(device: str, rows: int, experts: int, n: int, k: int, s
 @examples(20)
 @given(
     k=st.sampled_from([1, 7, 128, 256, 300]),
-    block=st.sampled_from([None, reference.ACT_BLOCK]),
     size=st.sampled_from([0.0, 1e-40, 1e-30, 1.0, 1e30]),
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 99),
 )
-@example(k=256, block=None, size=1.0, dtype=torch.bfloat16, seed=0)
-@example(k=300, block=reference.ACT_BLOCK, size=1.0, dtype=torch.float32, seed=0)
-def test_activations_become_the_int8_of_the_definition(device: str, k: int, block: int | None, size: float, dtype: torch.dtype, seed: int) -> None:
+@example(k=256, size=1.0, dtype=torch.bfloat16, seed=0)
+@example(k=300, size=1.0, dtype=torch.float32, seed=0)
+def test_activations_become_the_int8_of_the_definition(device: str, k: int, size: float, dtype: torch.dtype, seed: int) -> None:
     """Bit for bit, at ties too: the first values are half of the largest, which is 63.5 steps. One row is 127 and ties alone; one is not finite."""
     x = torch.randn(40, k, generator=torch.Generator().manual_seed(seed)) * size
     x[:, : k // 128 + 1] = x[:, :128].abs().amax(1, keepdim=True) / 2
@@ -215,14 +214,14 @@ def test_activations_become_the_int8_of_the_definition(device: str, k: int, bloc
     x[0, ::128] = 127
     x[1, -1] = float("nan")
     x = x.to(dtype)
-    q, scale = torch.empty(40, k, dtype=torch.int8, device=device), torch.empty(40, triton.cdiv(k, block or k), device=device)
+    q, scale = torch.empty(40, k, dtype=torch.int8, device=device), torch.empty(40, 1, device=device)
     index, counts = torch.zeros(40, 1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    half = max(triton.next_power_of_2(triton.cdiv(k, 2)), reference.ACT_BLOCK // 2)
+    half = triton.next_power_of_2(triton.cdiv(k, 2))
     kernels.prepare[(40,)](
-        x.to(device), q, scale, index, counts, torch.empty_like(index, dtype=torch.int32), K=k, E=1, TOP_K=1, SLOTS=1, HALF=half, X_BLOCK=block or 0,
-        SPLIT=False, INT8_X=True, PTX=device == "cuda",
+        x.to(device), q, scale, index, counts, torch.empty_like(index, dtype=torch.int32), K=k, E=1, TOP_K=1, SLOTS=1, HALF=half, SPLIT=False,
+        INT8_X=True, PTX=device == "cuda",
     )  # fmt: skip
-    wanted = reference.quantize_activation(x, block)
+    wanted = reference.quantize_activation(x, None)
     assert torch.equal(q.cpu(), wanted[0])
     torch.testing.assert_close(scale.cpu(), wanted[1], rtol=0, atol=0, equal_nan=True)
 
@@ -244,8 +243,8 @@ def test_tiles_hold_every_pair_once(device: str, tokens: int, slots: int, expert
     x = torch.zeros(tokens, 4, device=device)
     counts, rank = torch.zeros(experts, dtype=torch.int32, device=device), torch.empty(tokens * slots, dtype=torch.int32, device=device)
     kernels.prepare[(tokens,)](
-        x, torch.empty_like(x), x, index, counts, rank, K=4, E=experts, TOP_K=slots, SLOTS=triton.next_power_of_2(slots), HALF=2, X_BLOCK=0,
-        SPLIT=False, INT8_X=False, PTX=False,
+        x, torch.empty_like(x), x, index, counts, rank, K=4, E=experts, TOP_K=slots, SLOTS=triton.next_power_of_2(slots), HALF=2, SPLIT=False,
+        INT8_X=False, PTX=False,
     )  # fmt: skip
     order, ends, tile_expert, tile_first = (t.tolist() for t in launch._sort(counts, rank, index, block_m))
     chosen = index.flatten().tolist()
@@ -263,9 +262,12 @@ def test_tiles_hold_every_pair_once(device: str, tokens: int, slots: int, expert
 
 def test_configs_go_by_pairs_an_expert_and_fit_the_device() -> None:
     for weight, activation in ((torch.int8, torch.int8), (torch.uint8, torch.int8), (torch.uint8, torch.bfloat16)):
-        heights = [configs.choose(weight, activation, pairs, 8).block_m for pairs in (1, 8, 64, 500, 5000, 10**6)]
-        assert heights == sorted(heights)
-        assert heights[0] == 16
+        for tight in (False, True):
+            chosen = [configs.choose(weight, activation, pairs, 8, tight=tight) for pairs in (1, 8, 64, 500, 5000, 10**6)]
+            heights = [config.block_m for config in chosen]
+            assert heights == sorted(heights)
+            assert heights[0] == 16
+            assert any(config.tight for config in chosen) == (tight and activation == torch.int8)
     assert configs.choose_grouped(1, 8)[0] == 16
     config = configs.GroupedConfig(128, 8, 4)
     assert configs.fitted(config, 32 * 1024, 227 * 1024) == config

@@ -158,15 +158,15 @@ def problem_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> Problem:
     ids=str,
 )
 def test_operands_that_a_descriptor_can_name(case: Case, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert problem_of(case, monkeypatch) == Problem(case.m, case.n, case.k, case.k, fits, one_row=case.m == 1)
+    assert problem_of(case, monkeypatch) == Problem(case.m, case.n, case.k, case.k, fits, one_row=case.m == 1, static_m=case.m)
 
 
 @pytest.mark.parametrize("cpp_wrapper", [False, True])
 def test_no_descriptors_where_cpp_launches_the_kernel(device: str, cpp_wrapper: bool) -> None:
     """AOTInductor would have the programs of one launch overwrite each other's descriptors."""
-    graph: Any = SimpleNamespace(cpp_wrapper=cpp_wrapper)
+    graph: Any = SimpleNamespace(cpp_wrapper=cpp_wrapper, fx_wrapper=False)
     with V.set_graph_handler(graph):
-        found = lowering.device_of(torch.device(device))
+        found = lowering.device_of(torch.device(device), 4096)
     expected = not cpp_wrapper and (device == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
     assert found.tma == expected
 

@@ -49,15 +49,20 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    """Whether programs are made for Hopper's tensor cores; Triton's interpreter takes what they do."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _tile(config: configs.GroupedConfig, rows: int, columns: int, group: int, activation: Tensor, weight: Tensor) -> dict[str, Any]:
     """`config` as launch constants, for `rows` rows of weights and `columns` of activations a step, in the shared memory that there is."""
     int4 = is_int4(weight)
     block_k = configs.step_int4(group) if int4 else configs.BLOCK_K
-    dots = config.dots if int4 and group == block_k else 1
     bytes_of_k = rows / (2 if int4 else 1) + columns * activation.element_size()
-    fitted = configs.fitted(config, int(dots * block_k * bytes_of_k), _shared_memory(weight.device))
+    fitted = configs.fitted(config, int(block_k * bytes_of_k), _shared_memory(weight.device))
     return {
-        "BLOCK_N": fitted.block_n, "BLOCK_K": block_k, "DOTS": dots,
+        "BLOCK_N": fitted.block_n, "BLOCK_K": block_k,
         "num_warps": fitted.num_warps, "num_stages": fitted.num_stages, "maxnreg": fitted.registers,
     }  # fmt: skip
 
@@ -92,6 +97,20 @@ def _launch(
         compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
 
 
+def _prepare(x: Tensor, top_k_index: Tensor, experts: int, *, int4: bool, int8_x: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x as the products take it and its scales; how many pairs each expert has, and each pair's place among them."""
+    (tokens, k), slots, half = x.shape, top_k_index.shape[1], _power(triton.cdiv(x.shape[1], 2))
+    q, q_scale = torch.empty_like(x, dtype=torch.int8 if int8_x else x.dtype), torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
+    counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
+    rank = torch.empty(tokens * slots, dtype=torch.int32, device=x.device)
+    _launch(
+        kernels.prepare, (tokens,), (x, q, q_scale, top_k_index, counts, rank),
+        K=k, E=experts, TOP_K=slots, SLOTS=_power(slots), HALF=half, SPLIT=int4, INT8_X=int8_x, PTX=x.device.type == "cuda",
+        num_warps=4 if half <= 2048 else 8,
+    )  # fmt: skip
+    return q, q_scale, counts, rank
+
+
 def _sort(counts: Tensor, rank: Tensor, top_k_index: Tensor, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pairs sorted by expert, where each expert's end, and expert and first place of each tile: int32."""
     (experts,), pairs, device = counts.shape, rank.numel(), counts.device
@@ -124,41 +143,29 @@ def moe_experts(
     if tokens == 0:
         return x.new_empty(0, n)
     x, top_k_index, top_k_weights = x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
-    int4, int8_x, pairs = is_int4(gate_up), not weight_only, tokens * slots
-    x_block, ptx = configs.X_BLOCK if int4 and int8_x else 0, x.device.type == "cuda"
-    counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
-    rank = torch.empty(pairs, dtype=torch.int32, device=x.device)
-    q = torch.empty_like(x, dtype=torch.int8 if int8_x else x.dtype)
-    config = configs.choose(gate_up.dtype, q.dtype, pairs, experts)
+    int4, int8_x, pairs, ptx = is_int4(gate_up), not weight_only, tokens * slots, x.device.type == "cuda"
+    q, q_scale, counts, rank = _prepare(x, top_k_index, experts, int4=int4, int8_x=int8_x)
+    groups = k // gate_up_scale.shape[2], inner // down_scale.shape[2]
+    tight = _hopper(x.device) and not (int4 and min(groups) < configs.LEAST_STEP)
+    config = configs.choose(gate_up.dtype, q.dtype, pairs, experts, tight=tight)
     block_m = config.block_m
-    q_scale = torch.empty(tokens, triton.cdiv(k, x_block) if x_block else 1, dtype=torch.float32, device=x.device)
-    half = max(_power(triton.cdiv(k, 2)), ACT_BLOCK // 2)
-    _launch(
-        kernels.prepare, (tokens,), (x, q, q_scale, top_k_index, counts, rank),
-        K=k, E=experts, TOP_K=slots, SLOTS=_power(slots), HALF=half, X_BLOCK=x_block, SPLIT=int4, INT8_X=int8_x, PTX=ptx,
-        num_warps=4 if half <= 2048 else 8,
-    )  # fmt: skip
     schedule = _sort(counts, rank, top_k_index, block_m)
     tiles = schedule[-1].numel()
-
     hidden = torch.empty(pairs, inner, dtype=q.dtype, device=x.device)
     hidden_scale = torch.empty(pairs, triton.cdiv(inner, ACT_BLOCK), dtype=torch.float32, device=x.device)
-    group = k // gate_up_scale.shape[2]
-    tile = _tile(config.gate_up, 2 * config.gate_up.block_n, block_m, group, q, gate_up)
+    tile = _tile(config.gate_up, 2 * config.gate_up.block_n, block_m, groups[0], q, gate_up)
     _launch(
         kernels.gate_up, (tiles * triton.cdiv(inner, config.gate_up.block_n),),
         (q, q_scale, gate_up, gate_up_scale, hidden, hidden_scale, *schedule),
-        K=k, INNER=inner, GROUP=group, TOP_K=slots, X_BLOCK=x_block, INT4=int4, INT8_X=int8_x, ACTIVATION=getattr(kernels, activation),
-        BITS=config.gate_up.bits, PTX=ptx,
+        K=k, INNER=inner, GROUP=groups[0], TOP_K=slots, INT4=int4, INT8_X=int8_x, ACTIVATION=getattr(kernels, activation), PTX=ptx,
         GROUP_M=config.group_m, PARTS=config.gate_up.parts, BLOCK_M=block_m, **tile,
     )  # fmt: skip
 
     y = torch.empty(pairs, n, dtype=x.dtype, device=x.device)
-    group = inner // down_scale.shape[2]
-    tile = _tile(config.down, config.down.block_n, block_m, group, q, down)
+    tile = _tile(config.down, config.down.block_n, block_m, groups[1], q, down)
     _launch(
         kernels.down, (tiles * triton.cdiv(n, config.down.block_n),), (hidden, hidden_scale, down, down_scale, y, top_k_weights, *schedule),
-        N=n, K=inner, GROUP=group, H_BLOCK=ACT_BLOCK, INT4=int4, INT8_X=int8_x, BITS=config.down.bits, PTX=ptx,
+        N=n, K=inner, GROUP=groups[1], H_BLOCK=ACT_BLOCK, INT4=int4, INT8_X=int8_x, PTX=ptx,
         GROUP_M=config.group_m, PARTS=config.down.parts, BLOCK_M=block_m, **tile,
     )  # fmt: skip
     return _combine(y, top_k_index, experts)
@@ -189,7 +196,6 @@ def scaled_grouped_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, of
         E=experts, EXPERTS=power, BLOCK_M=block_m, TILES=tiles, num_warps=8,
     )  # fmt: skip
     tile = _tile(config, config.block_n, block_m, k, a, b)
-    tile.pop("DOTS")
     _launch(
         kernels.grouped, (most * triton.cdiv(n, config.block_n),), (a, a_scale, b, b_scale, y, ends, tile_expert, tile_first),
         N=n, K=k, E=experts, A_SCALE_STEP=int(a_scale.numel() > 1), GROUP_M=GROUP_M, BLOCK_M=block_m, **tile,

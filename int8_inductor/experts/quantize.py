@@ -57,7 +57,7 @@ class Int8DynamicActivationInt8ExpertsConfig(ExpertsConfig):
 
 @dataclass(frozen=True)
 class Int8DynamicActivationInt4ExpertsConfig(ExpertsConfig):
-    """W4A8: int4 experts with a scale per row and group of `group_size` (32, 64 or 128) along K; activations per token and 128 columns."""
+    """W4A8: int4 experts with a scale per row and group of `group_size` (32, 64 or 128) along K; activations as W8A8's."""
 
     group_size: int = 128
 

@@ -2,9 +2,9 @@
 
     y[token] = sum over slots of routing[token, slot] * down(activation(gate(x)) * up(x)), each of expert index[token, slot]
 
-int8 products are exact, in int32, over stretches of K that share their scales; scales, activation and sums are float32. An int8 activation has a
-scale per row where the weight is int8, and per row and ACT_BLOCK columns where it is int4, whose groups are summed in float32 anyway. The hidden
-value activation(gate) * up has heavier tails than x, and so a scale per row and ACT_BLOCK columns in both.
+int8 products are exact, in int32, over stretches of K that share their scales; scales, activation and sums are float32. An int8 x has a scale per
+row; one per row and ACT_BLOCK columns, where the weight is int4, bought little and was half of the gate and up products' time on an H200. The hidden
+value activation(gate) * up has heavier tails than x, and so a scale per row and ACT_BLOCK columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .layouts import dequantize_weight, is_int4, unpack_int4
 __all__ = ["ACT_BLOCK", "grouped_linear", "moe_experts", "quantize_activation", "scaled_linear"]
 
 ACT_BLOCK = 128
-"""Columns of an activation that share a scale, where it has more than one a row; the last block may be short."""
+"""Columns of hidden values that share a scale; the last block may be short."""
 
 
 def quantize_activation(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _expert(x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, dow
         gate, up = (x.float() @ dequantize_weight(gate_up, gate_up_scale).t()).chunk(2, -1)
         hidden = (epilogue(gate) * up).to(x.dtype)
         return hidden.float() @ dequantize_weight(down, down_scale).t()
-    q, scale = quantize_activation(x, ACT_BLOCK if is_int4(gate_up) else None)
+    q, scale = quantize_activation(x, None)
     gate, up = scaled_linear(q, scale, gate_up, gate_up_scale).chunk(2, -1)
     q, scale = quantize_activation(epilogue(gate) * up, ACT_BLOCK)
     return scaled_linear(q, scale, down, down_scale)

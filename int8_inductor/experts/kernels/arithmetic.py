@@ -7,9 +7,8 @@ import triton.language as tl
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 """reference.SMALLEST_SCALE: no scale is smaller."""
-MAGIC_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2^23: while |dot| < 2^22, an int32 accumulator that starts at its bits is, read as float32, 1.5 * 2^23 + dot, exactly. No conversion."""
+"""1.5 * 2^23: a float32 of at most 2^22 plus it is rounded half to even, and ends in the bits of that integer."""
 NIBBLE_SCALE = tl.constexpr(0.0625)
 """int4 values are unpacked as 16 times themselves, which is exact in int8 and one instruction cheaper; scales make up for it."""
 

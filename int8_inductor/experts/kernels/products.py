@@ -46,24 +46,21 @@ def gate_up(
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
     TOP_K: tl.constexpr,
-    X_BLOCK: tl.constexpr,
     INT4: tl.constexpr,
     INT8_X: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    BITS: tl.constexpr,
     PTX: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DOTS: tl.constexpr,
 ):
     """h[pair] = activation(x[token] @ gate[expert].T) * (x[token] @ up[expert].T): int8 with a scale for each BLOCK_N columns, or X's dtype.
 
-    X [M, K]: int8 (INT8_X) with X_SCALE [M] or, where X_BLOCK is not 0, [M, ceil(K / X_BLOCK)]; or floats. W [E, 2 INNER, K], gate first, or
-    packed [E, 2 INNER, K / 2]; W_SCALE [E, 2 INNER, K / GROUP]. H [pairs, INNER], split into even and odd columns where INT4; H_SCALE
-    [pairs, ceil(INNER / BLOCK_N)]. The BLOCK_N columns are computed in PARTS.
+    X [M, K]: int8 (INT8_X) with X_SCALE [M], or floats. W [E, 2 INNER, K], gate first, or packed [E, 2 INNER, K / 2]; W_SCALE
+    [E, 2 INNER, K / GROUP]. H [pairs, INNER], split into even and odd columns where INT4; H_SCALE [pairs, ceil(INNER / BLOCK_N)]. The BLOCK_N columns
+    are computed in PARTS.
     """
     N_TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     tile, pid_n = _place(N_TILES, GROUP_M)
@@ -99,14 +96,13 @@ def gate_up(
         gate_scale = weight_scales + row * GROUPS
         w += (gate, gate + INNER * COLUMNS)
         w_scale += (gate_scale, gate_scale + INNER * GROUPS)
-    x_scale = X_SCALE + token * ((K + X_BLOCK - 1) // X_BLOCK if X_BLOCK else 1)
-    sums = multiply(w, w_scale, X + token[None, :] * K, x_scale, K, GROUP, X_BLOCK, INT4, INT8_X, BITS, PTX, BLOCK_M, BLOCK_K, DOTS)
+    sums = multiply(w, w_scale, X + token[None, :] * K, X_SCALE, K, GROUP, 0, INT4, INT8_X, PTX, BLOCK_M, BLOCK_K)
     h = ()
     for i in tl.static_range(PARTS):
         g = sums[2 * i].to(tl.float32)
         u = sums[2 * i + 1].to(tl.float32)
-        if INT8_X and X_BLOCK == 0:
-            row_scale = tl.load(x_scale)[None, :]
+        if INT8_X:
+            row_scale = tl.load(X_SCALE + token)[None, :]
             g *= row_scale
             u *= row_scale
         if not INT4:
@@ -146,14 +142,12 @@ def down(
     H_BLOCK: tl.constexpr,
     INT4: tl.constexpr,
     INT8_X: tl.constexpr,
-    BITS: tl.constexpr,
     PTX: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DOTS: tl.constexpr,
 ):
     """y[pair] = routing[pair] * (h[pair] @ w[expert].T), [pairs, N]. H [pairs, K] and H_SCALE [pairs, ceil(K / H_BLOCK)] as gate_up stores them.
 
@@ -180,7 +174,7 @@ def down(
     row_of = pair.to(tl.int64)
     h_scale = H_SCALE + row_of * ((K + H_BLOCK - 1) // H_BLOCK)
     X_BLOCK: tl.constexpr = H_BLOCK if INT8_X else 0
-    sums = multiply(w, w_scale, H + row_of[None, :] * K, h_scale, K, GROUP, X_BLOCK, INT4, INT8_X, BITS, PTX, BLOCK_M, BLOCK_K, DOTS)
+    sums = multiply(w, w_scale, H + row_of[None, :] * K, h_scale, K, GROUP, X_BLOCK, INT4, INT8_X, PTX, BLOCK_M, BLOCK_K)
     routing = tl.load(ROUTING + pair).to(tl.float32)
     if INT4 and INT8_X:
         routing *= NIBBLE_SCALE
@@ -229,7 +223,7 @@ def grouped(
     row = tl.where(inside, rn, 0)
     expert = tl.minimum(owner, E - 1).to(tl.int64)
     b = B + expert * (N * K) + row.to(tl.int64)[:, None] * K
-    (dot,) = multiply((b,), (), A + ram[None, :] * K, A_SCALE, K, K, 0, False, True, False, False, BLOCK_M, BLOCK_K, 1)
+    (dot,) = multiply((b,), (), A + ram[None, :] * K, A_SCALE, K, K, 0, False, True, False, BLOCK_M, BLOCK_K)
     y = dot.to(tl.float32) * tl.load(A_SCALE + ram * A_SCALE_STEP)[None, :] * tl.load(B_SCALE + expert * N + row)[:, None]
     y = tl.where(owner < E, y, 0.0)
     tl.store(Y + rm.to(tl.int64)[:, None] * N + rn[None, :], tl.trans(y).to(Y.dtype.element_ty), mask=live[:, None] & inside[None, :])

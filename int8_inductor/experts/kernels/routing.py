@@ -21,12 +21,12 @@ def prepare(
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
     HALF: tl.constexpr,
-    X_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     INT8_X: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One token a program: quantize its row of X [M, K] (INT8_X) and split it into even and odd columns (SPLIT), and count it at its experts.
+    """One token a program: quantize its row of X [M, K] (INT8_X), with a scale X_SCALE [M], split it into even and odd columns (SPLIT), and count
+    it at its experts.
 
     The int8 is that of reference.quantize_activation on a CPU, bit for bit.
 
@@ -44,19 +44,9 @@ def prepare(
     x = tl.load(X + token.to(tl.int64) * K + column, mask=column < K, other=0.0)
     if INT8_X:
         x = x.to(tl.float32)
-        if X_BLOCK > 0:
-            BLOCKS: tl.constexpr = 2 * HALF // X_BLOCK
-            COUNT: tl.constexpr = (K + X_BLOCK - 1) // X_BLOCK
-            blocks = tl.reshape(x, (BLOCKS, X_BLOCK))
-            scale, inverse = scale_of(largest(blocks, 1), True)
-            block = tl.arange(0, BLOCKS)
-            tl.store(X_SCALE + token.to(tl.int64) * COUNT + block, scale, mask=block < COUNT)
-            x = tl.reshape(blocks * inverse[:, None], (2 * HALF,))
-        else:
-            scale, inverse = scale_of(largest(x, 0), True)
-            tl.store(X_SCALE + token, scale)
-            x = x * inverse
-        x = to_int8(x, PTX)
+        scale, inverse = scale_of(largest(x, 0), True)
+        tl.store(X_SCALE + token, scale)
+        x = to_int8(x * inverse, PTX)
     base = Q + token.to(tl.int64) * K
     if SPLIT:
         even, odd = tl.split(tl.reshape(x, (HALF, 2)))
