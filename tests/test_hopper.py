@@ -21,6 +21,7 @@ from block_cases import BlockCase
 from hopper_cases import FAST, H200, JOBS, compile_jobs
 from kernel_cases import Case, out_scale
 from support import check_float, check_int8
+from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.virtualized import V
 from weight_cases import WeightCase
@@ -226,6 +227,15 @@ def test_for_which_devices_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not warpgroups((9, 0), sympy.Symbol("s0"))
     assert not warpgroups((9, 0), 640, cpp_wrapper=True)
     assert not any(warpgroups(each, 640) for each in ((8, 0), (8, 9), (10, 0), (12, 0)))
+
+
+def test_what_a_launch_counts() -> None:
+    """Short kernels are taken where CUDA graphs launch them; long ones where they are faster than what Inductor would fuse more into."""
+    with inductor_config.patch({"triton.cudagraphs": False}):
+        assert autotune._with_launch(0.05) == pytest.approx(0.05 * 1.03 + 0.03)
+        assert autotune._with_launch(0.06) == pytest.approx(0.06 * 1.03)
+    with inductor_config.patch({"triton.cudagraphs": True}):
+        assert autotune._with_launch(0.05) == pytest.approx(0.05 * 1.03)
 
 
 def test_a_transposed_tail() -> None:

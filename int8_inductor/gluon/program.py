@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -35,13 +36,14 @@ class Box:
     dtype: str
     swizzle: int
 
-    @property
+    @functools.cached_property
     def element(self) -> torch.dtype:
         """The dtype that the tensor is viewed as."""
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
 
+    @functools.cache  # noqa: B019  boxes are few
     def layout(self) -> Any:
         """The layout of a box in shared memory."""
         from triton.experimental.gluon.language import NVMMASharedLayout
@@ -117,10 +119,14 @@ def _compiled(source: str, launch: str, device: torch.device) -> tuple[Any, Laun
 
 
 def _descriptor(t: Tensor, box: Box) -> Any:
+    """Triton's tensor descriptor, without the checks of its constructor, which take 20 us: a lowering has made them (operands.fits_tma)."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     viewed = t if t.dtype == box.element else t.view(box.element)
-    return TensorDescriptor(viewed, list(viewed.shape), [viewed.stride(0), 1], [box.rows, box.columns], box.layout())
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = viewed, list(viewed.shape), [viewed.stride(0), 1]
+    descriptor.block_shape, descriptor.layout, descriptor.padding = [box.rows, box.columns], box.layout(), "zero"
+    return descriptor
 
 
 def run(*operands: Tensor, source: str, launch: str, out: Tensor) -> Tensor:
@@ -138,6 +144,6 @@ def run(*operands: Tensor, source: str, launch: str, out: Tensor) -> Tensor:
     m, count = out.shape[0], len(how.boxes)
     tiles = -(-m // how.tile[0]) * -(-how.columns // how.tile[1])
     descriptors = [_descriptor(*pair) for pair in zip(operands[:count], how.boxes, strict=True)]
-    with torch.cuda.device(out.device):
+    with torch.cuda.device(out.device) if out.device.index != torch.cuda.current_device() else contextlib.nullcontext():
         compiled[(min(tiles, how.programs * multiprocessors), 1, 1)](*descriptors, *operands[count:], out, m)
     return out
