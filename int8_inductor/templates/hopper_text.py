@@ -9,6 +9,9 @@ from triton.experimental.gluon import language as tl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra import libdevice
 
+# Triton 3.9 has renamed it.
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 N = tl.constexpr(ALL_ROWS)
 K = tl.constexpr({{size("A", 1)}})
 ROWS = tl.constexpr({{ROWS}})
@@ -60,10 +63,10 @@ PICK_TILES
             mbarrier.expect(ready.index(stage), BYTES)
             for part in tl.static_range(PARTS):
                 first_left = (row * PARTS + part) * ROWS
-                tma.async_copy_global_to_shared(
+                load_box(
                     LEFT, [first_left, step * LEFT_STEP], ready.index(stage), left_boxes.index(stage * PARTS + part)
                 )
-            tma.async_copy_global_to_shared(RIGHT, [first_right, step * RIGHT_STEP], ready.index(stage), right_boxes.index(stage))
+            load_box(RIGHT, [first_right, step * RIGHT_STEP], ready.index(stage), right_boxes.index(stage))
             stage, phase = advance(stage, phase)
 
 
