@@ -1,4 +1,6 @@
-"""Packed INT4 as int8 in memory, for kernels whose operands come from memory as they are multiplied."""
+"""Packed INT4 as int8 in memory, for kernels whose operands come from memory as they are multiplied. Imported where such a kernel is launched: it
+needs Triton.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .int4 import unpack_int4
 
 __all__ = ["expand_int4"]
 
@@ -30,12 +30,9 @@ _kernel: Any = triton.jit(_expand)
 
 
 def expand_int4(packed: Tensor) -> Tensor:
-    """uint8 [N, K / 2], two values a byte (int4.py) -> int8 [N, K] in [-8, 7]."""
-    if not packed.is_cuda:
-        return unpack_int4(packed)
+    """uint8 [N, K / 2], two values a byte (int4.py) -> int8 [N, K] in [-8, 7], on the packed values' device, the current one."""
     packed = packed.contiguous()
     values = torch.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=torch.int8, device=packed.device)
     total = packed.numel()
-    with torch.cuda.device(packed.device):
-        _kernel[(triton.cdiv(total, BLOCK),)](packed, values, total, BLOCK=BLOCK, num_warps=4)
+    _kernel[(triton.cdiv(total, BLOCK),)](packed, values, total, BLOCK=BLOCK, num_warps=4)
     return values

@@ -33,12 +33,13 @@ M, N, K = 4096, 1024, 4096
 
 @dataclass(frozen=True)
 class Job:
-    """A template's module or object, a config of it, a tail, and the activation's dtype."""
+    """A template's module or object, a config of it, a tail, the activation's dtype, and K."""
 
     template: Any
     config: hopper.HopperConfig
     tail: Tail
     dtype: torch.dtype = torch.int8
+    k: int = K
 
     @property
     def loop(self) -> hopper.Loop:
@@ -48,23 +49,24 @@ class Job:
         """The kernel's text and its launch."""
         count = self.tail.weights.count
         groups = (128,) if self.template in (hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.INT8_INT4_MM) else ()
-        problem = Problem(M, N * count, K, K, tma=True, groups=groups, a_bytes=self.dtype.itemsize)
+        problem = Problem(M, N * count, self.k, self.k, tma=True, groups=groups, a_bytes=self.dtype.itemsize)
         assert self.template.is_legal(self.config, problem, H200, self.tail), self
         template = self.template.template(self.tail)
-        boxes = [_box(name, self.dtype, self.loop, self.tail) for name in template.names]
+        boxes = [_box(name, self) for name in template.names]
         constants = self.template.constants(self.config, problem, H200, self.tail)
         constants |= {name.upper(): "3.0" for name, indexing in self.tail.operands().items() if indexing is CONSTANT}
         out = SimpleNamespace(dtype=torch.int8 if self.tail.out_scale else torch.bfloat16, size=[M, N * count])
         return template.render(boxes, constants), template.launch(boxes, out, constants).to_json()
 
 
-def _box(name: str, dtype: torch.dtype, loop: hopper.Loop, tail: Tail) -> Any:
+def _box(name: str, job: Job) -> Any:
     """What the template asks of an operand's layout."""
+    dtype, loop, tail = job.dtype, job.loop, job.tail
     plain = name.rstrip("_0123456789")
-    in_loop = {"A_SCALE": [M, K // 128], "B_SCALE": [N, K // 128]}
+    in_loop = {"A_SCALE": [M, job.k // 128], "B_SCALE": [N, job.k // 128]}
     rows = {ROW: [M], COLUMN: [N], SCALAR: [1], OF_EACH_WEIGHT: [N]}
     if plain in ("A", "B"):
-        size, dtype = [M if plain == "A" else N, K], dtype if plain == "A" else torch.uint8 if loop.unpack else torch.int8
+        size, dtype = [M if plain == "A" else N, job.k], dtype if plain == "A" else torch.uint8 if loop.unpack else torch.int8
     else:
         indexing: Indexing | None = tail.operands().get(plain.lower())
         size, dtype = in_loop[plain] if plain in loop.operands else rows[indexing], torch.float32  # type: ignore[index]
@@ -76,6 +78,7 @@ JOBS = [
     *(Job(hopper_scaled_mm, config, tail) for config in hopper_scaled_mm.CONFIGS for tail in (FAST, LONGEST)),
     Job(hopper_scaled_mm, hopper_scaled_mm.CONFIGS[0], SIDE_BY_SIDE),
     *(Job(hopper_blocks.BLOCK_SCALED_MM, config, dataclasses.replace(LONGEST, a_scale=None, b_scale=None)) for config in hopper_blocks.CONFIGS),
+    Job(hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None, b_scale=None), k=K - 128),
     *(Job(hopper_blocks.INT8_INT4_MM, config, dataclasses.replace(LONGEST, b_scale=None)) for config in hopper_blocks.CONFIGS),
     *(Job(hopper_weights, config, dataclasses.replace(LONGEST, a_scale=None), torch.bfloat16) for config in hopper_weights.CONFIGS),
     Job(hopper_weights, hopper_weights.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None), torch.float16),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_cases import Case, out_scale
@@ -74,3 +79,21 @@ def test_a_preference_that_cannot_be_met_is_an_error() -> None:
     words = "KernelPreferenceError: kernel_preference 'triton' cannot be met on cpu: Inductor's CPU backend is not Triton"
     with pytest.raises(Exception, match=words):
         Case().scaled_mm("triton", cpu_backend="cpp")
+
+
+def test_without_triton() -> None:
+    """A CPU needs none: nothing on the way to compiled C++ imports it."""
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+from int8_inductor import Int8DynamicActivationInt8WeightConfig, quantize_
+model = torch.nn.Sequential(torch.nn.Linear(64, 32)).eval()
+quantize_(model, Int8DynamicActivationInt8WeightConfig())
+x = torch.randn(4, 64)
+with torch.no_grad():
+    torch.testing.assert_close(torch.compile(model, backend="int8_inductor")(x), model(x), rtol=1e-4, atol=1e-4)
+"""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -20,16 +20,19 @@ import torch
 from block_cases import BlockCase
 from hopper_cases import FAST, H200, JOBS, compile_jobs
 from kernel_cases import Case, out_scale
-from support import check_float, check_int8
+from support import FLOATS, check_float, check_int8
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.virtualized import V
 from weight_cases import WeightCase
 
 from int8_inductor import autotune, operands
+from int8_inductor.expand_int4 import expand_int4
 from int8_inductor.gluon import program
 from int8_inductor.gluon.program import Box, Launch
 from int8_inductor.gluon.template import swapped
+from int8_inductor.int4 import unpack_int4
+from int8_inductor.products.scaled_mm import ZERO_POINT_DTYPES
 from int8_inductor.templates import LOWERINGS, hopper, hopper_blocks, hopper_scaled_mm, hopper_weights
 from int8_inductor.templates.problem import Problem
 from int8_inductor.templates.tail import COLUMN, ROW, Tail
@@ -236,6 +239,17 @@ def test_what_a_launch_counts() -> None:
         assert autotune._with_launch(0.06) == pytest.approx(0.06 * 1.03)
     with inductor_config.patch({"triton.cudagraphs": True}):
         assert autotune._with_launch(0.05) == pytest.approx(0.05 * 1.03)
+
+
+def test_every_operand_has_a_type_in_triton() -> None:
+    assert set(program.TRITON_NAMES) >= {*ZERO_POINT_DTYPES, *FLOATS}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 128), (2, 3, 5)])
+def test_int4_is_unpacked_in_memory(shape: tuple[int, ...]) -> None:
+    packed = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(expand_int4(packed), unpack_int4(packed))
+    assert torch.equal(expand_int4(packed.transpose(0, 1)), unpack_int4(packed.transpose(0, 1)))
 
 
 def test_a_transposed_tail() -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .._compat import share_triton_cache, submit_to_compile_workers
-from ..expand_int4 import expand_int4
 from . import compiling
 
 __all__ = ["CAPABILITY", "Box", "Launch", "compile_program", "run", "start_compiling"]
@@ -24,6 +23,7 @@ CAPABILITY = (9, 0)
 ALIGNMENT = 16
 TRITON_NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
+    torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -139,11 +139,13 @@ def run(*operands: Tensor, source: str, launch: str, out: Tensor) -> Tensor:
     if out.data_ptr() % ALIGNMENT:
         raise ValueError(f"out must begin at a multiple of {ALIGNMENT} bytes, got address {out.data_ptr():#x}")
     compiled, how, multiprocessors = _compiled(source, launch, out.device)
-    if how.workspace:
-        operands = (operands[0], expand_int4(operands[1]), *operands[2:])
     m, count = out.shape[0], len(how.boxes)
     tiles = -(-m // how.tile[0]) * -(-how.columns // how.tile[1])
-    descriptors = [_descriptor(*pair) for pair in zip(operands[:count], how.boxes, strict=True)]
     with torch.cuda.device(out.device) if out.device.index != torch.cuda.current_device() else contextlib.nullcontext():
+        if how.workspace:
+            from ..expand_int4 import expand_int4
+
+            operands = (operands[0], expand_int4(operands[1]), *operands[2:])
+        descriptors = [_descriptor(*pair) for pair in zip(operands[:count], how.boxes, strict=True)]
         compiled[(min(tiles, how.programs * multiprocessors), 1, 1)](*descriptors, *operands[count:], out, m)
     return out

@@ -29,7 +29,7 @@ BLOCK_K = 128
 LEAST_ROWS = 256
 """From so many rows of the activation on."""
 
-# A trip past the last block multiplies zeros, with the last block's scale.
+# A trip past the last block multiplies zeros, with a scale of 0: the last block's may be infinite.
 _TEXT = """dot = tl.zeros((ROWS, COLUMNS), tl.float32, L)
 zero = tl.zeros((ROWS, COLUMNS), tl.int32, L)
 {pointers}
@@ -57,6 +57,8 @@ for block in range(0, 2 * TRIPS, 2):
     mbarrier.arrive(free.index(stage), count=1)
     stage, phase = advance(stage, phase)
     scale = {odd_scale}
+    if LAST % 2 == 0:
+        scale = tl.where(block < LAST, scale, 0.0)
     dot += odd.to(tl.float32) * scale[:, None]"""
 
 
