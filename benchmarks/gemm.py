@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from int8_inductor import autotune
+from int8_inductor import launching
 
 from . import common, plot, tables
 from .cases import HELD_OUT_SEED, SHAPE_SETS, Case, held_out, parse_case
@@ -46,8 +46,8 @@ def operand_sets(form: Operands, case: Case, device: torch.device, sets: Sets) -
 
 
 def launched_by_graphs(replayed: bool) -> contextlib.AbstractContextManager[Any]:
-    """What is compiled inside the block is chosen as in a mode with CUDA graphs, where a graph that we record launches it."""
-    return mock.patch.object(autotune, "_uses_cuda_graphs", return_value=True) if replayed else contextlib.nullcontext()
+    """What this package compiles inside the block is chosen and launched as in a mode with CUDA graphs, where a graph that we record launches it."""
+    return mock.patch.object(launching, "by_cuda_graphs", return_value=True) if replayed else contextlib.nullcontext()
 
 
 def measure(peer: Peer, case: Case, device: torch.device, sets: Sets) -> dict[str, Any]:

@@ -25,6 +25,7 @@ __all__ = [
     "SUPPORTED_TORCH",
     "CompileError",
     "as_pass_list",
+    "can_launch_dependents",
     "check_torch_version",
     "compile_region",
     "custom_pass_slot",
@@ -32,6 +33,8 @@ __all__ = [
     "graph_breaks",
     "has_triton_package",
     "hints",
+    "launched_as_dependents",
+    "launches_dependents",
     "run_apart",
     "run_of",
     "share_triton_cache",
@@ -220,6 +223,40 @@ def writes_python() -> bool:
     from torch._inductor.virtualized import V
 
     return not V.graph.cpp_wrapper and not V.graph.fx_wrapper
+
+
+def launches_dependents(device: torch.device) -> bool:
+    """Whether Triton kernels for `device` are launched before the ones that they follow have ended: Inductor's triton.enable_pdl, off by default."""
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    return bool(config.triton.enable_pdl) and can_launch_dependents(device) and not V.graph.cpp_wrapper
+
+
+def can_launch_dependents(device: torch.device) -> bool:
+    """Whether such launches exist there: Hopper and on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@contextmanager
+def launched_as_dependents() -> Iterator[None]:
+    """Inside the block Inductor writes kernels that may start before the ones that they follow have ended; each waits for those as its first step.
+
+    Inductor itself (2.11 to 2.13) has a kernel wait where it first touches what the one right before it wrote, and has one that reads nothing not
+    wait at all: what comes after such a one may start before what it reads was written.
+    """
+    from torch._inductor import config
+    from torch._inductor.codegen.triton import TritonKernel
+
+    wait, go = TritonKernel.GDC_WAIT, TritonKernel.GDC_LAUNCH
+
+    def waits_first(kernel: TritonKernel, code: Any) -> None:
+        if kernel._enable_pdl_codegen():
+            others = [line for line in code._lines if not (isinstance(line, str) and line.strip() in (wait, go))]
+            code._lines = [wait, go, *others]
+
+    with config.patch({"triton.enable_pdl": True}), mock.patch.object(TritonKernel, "_filter_pdl", waits_first):
+        yield
 
 
 def wait_for_compile_workers() -> None:

@@ -14,11 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from . import launching
 from ._compat import fastest, run_of, start_compiling, wait_for_compile_workers
 from .branches import branch
 from .gluon import program
 from .gluon.template import is_gluon
 from .ranges import Range
+from .templates import dependent
 from .templates.problem import Device, Problem
 from .templates.tail import Tail
 
@@ -45,16 +47,9 @@ def _median_ms(choice: Any, *args: Any, out: Any) -> float:
     return _with_launch(ms) if is_gluon(choice) else ms
 
 
-def _uses_cuda_graphs() -> bool:
-    """Whether Inductor records CUDA graphs of what it compiles now."""
-    from torch._inductor import config as inductor_config
-
-    return bool(inductor_config.triton.cudagraphs)
-
-
 def _with_launch(ms: float) -> float:
     """What a kernel in Gluon counts as beside Inductor's."""
-    waits = ms < SHORT_MS and not _uses_cuda_graphs()
+    waits = ms < SHORT_MS and not launching.by_cuda_graphs()
     return ms * HANDICAP + (LAUNCH_MS if waits else 0.0)
 
 
@@ -89,7 +84,7 @@ class Kernel:
     def kind(self) -> tuple[Any, ...]:
         """What its time depends on: kernels of one kind have the same winner."""
         operands = ((box.get_dtype(), tuple(box.get_stride())) for box in self.inputs)
-        return (self.templates, self.tail, self.problem, self.device, self.layout.dtype, self.thorough, _uses_cuda_graphs(), *operands)
+        return (self.templates, self.tail, self.problem, self.device, self.layout.dtype, self.thorough, launching.by_cuda_graphs(), *operands)
 
     def candidates(self) -> list[tuple[Any, Any]]:
         """(template module, config) of those worth timing, or of the winner alone where it is known."""
@@ -103,12 +98,19 @@ class Kernel:
         """Inside it Inductor renders and times for the M that stands for the one range of this kernel."""
         return self.ranges[0].stands() if self.ranges else contextlib.nullcontext()
 
+    def _launch(self, constants: dict[str, Any]) -> dict[str, Any]:
+        """What a template is told besides its config's constants where its kernel is launched before the one that it follows has ended."""
+        if not self.device.dependent:
+            return {}
+        return {"triton_meta": {"launch_pdl": True}, **dependent.constants(self.problem, self.inputs[1].get_size()[-1], constants)}
+
     def choices(self, candidates: list[tuple[Any, Any]]) -> list[Any]:
         """The candidates rendered, as Inductor's choices."""
         choices: list[Any] = []
         for module, config in candidates:
             constants = self.literals | module.constants(config, self.problem, self.device, self.tail)
             template = module.template(self.tail)
+            constants |= self._launch(constants)
             declined = template.maybe_append_choice(
                 choices, input_nodes=tuple(self.inputs), layout=self.layout, mutated_inputs=self.mutated or None, **constants
             )

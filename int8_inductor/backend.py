@@ -15,6 +15,7 @@ from . import config
 from ._compat import CompileError, compile_region, custom_pass_slot, unchain
 from .choices import with_own_choices
 from .kernels import parse, runs_triton
+from .launching import launches
 from .passes import Int8Pass
 from .passes.dialects.decomposed import choose_qparams_per_token
 
@@ -175,7 +176,7 @@ def _compile_int8(stock: Callable[..., Any], call: inspect.BoundArguments) -> An
     devices = _int8_devices(model) if isinstance(model, torch.fx.GraphModule) else set()
     if devices and call.arguments.get("decompositions") is None:
         call.arguments["decompositions"] = _decompositions()
-    with with_own_choices(triton=any(map(runs_triton, devices))):
+    with with_own_choices(triton=any(map(runs_triton, devices))), launches(devices):
         return stock(*call.args, **call.kwargs)
 
 

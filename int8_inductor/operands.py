@@ -13,7 +13,7 @@ from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.virtualized import V
 
 from . import ops
-from ._compat import size_hint, writes_python
+from ._compat import launches_dependents, size_hint, writes_python
 from .gluon.program import CAPABILITY
 from .templates.problem import INTERPRETER, Device, Problem
 from .templates.tail import COLUMN, CONSTANT, ROW, ROW_OPERANDS, SCALAR, Indexing
@@ -67,13 +67,14 @@ def device_of(device: torch.device, m: Any) -> Device:
     # Inductor's C++ wrapper (AOTInductor) gives all programs of a launch the memory for one program's descriptors (torch 2.11 to 2.13).
     python_launches = not V.graph.cpp_wrapper
     if device.type == "cpu":
-        return dataclasses.replace(INTERPRETER, tma=python_launches)
+        return dataclasses.replace(INTERPRETER, tma=python_launches, dependent=launches_dependents(device))
     properties: Any = torch.cuda.get_device_properties(device)
     return Device(
         int(properties.shared_memory_per_block_optin),
         int(properties.multi_processor_count),
         tma=properties.major >= 9 and python_launches,
         warpgroups=(properties.major, properties.minor) == CAPABILITY and writes_python() and _static(m) is not None,
+        dependent=launches_dependents(device),
     )
 
 

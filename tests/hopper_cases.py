@@ -45,15 +45,15 @@ class Job:
     def loop(self) -> hopper.Loop:
         return getattr(self.template, "LOOP", None) or self.template.loop  # type: ignore[no-any-return]
 
-    def program(self) -> tuple[str, str]:
-        """The kernel's text and its launch."""
+    def program(self, **more: Any) -> tuple[str, str]:
+        """The kernel's text and its launch. more: constants besides the config's."""
         count = self.tail.weights.count
         groups = (128,) if self.template in (hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.INT8_INT4_MM) else ()
         problem = Problem(M, N * count, self.k, self.k, tma=True, groups=groups, a_bytes=self.dtype.itemsize)
         assert self.template.is_legal(self.config, problem, H200, self.tail), self
         template = self.template.template(self.tail)
         boxes = [_box(name, self) for name in template.names]
-        constants = self.template.constants(self.config, problem, H200, self.tail)
+        constants = self.template.constants(self.config, problem, H200, self.tail) | more
         constants |= {name.upper(): "3.0" for name, indexing in self.tail.operands().items() if indexing is CONSTANT}
         out = SimpleNamespace(dtype=torch.int8 if self.tail.out_scale else torch.bfloat16, size=[M, N * count])
         return template.render(boxes, constants), template.launch(boxes, out, constants).to_json()

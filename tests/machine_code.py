@@ -35,7 +35,8 @@ class Job:
 class MachineCode:
     """shared: bytes a block. registers, stack: registers and bytes of local memory a thread. mma: instructions that multiply int8, as PTX names them.
     loop_spills: loads and stores of local memory inside a loop that multiplies. from_registers: products whose left operand is in registers.
-    divisions: those of float32, as PTX names them.
+    divisions: those of float32, as PTX names them. order: what waits for other kernels, lets them start or asks for their memory, and the first that
+    reads or writes memory, as PTX names them, in order.
     """
 
     shared: int
@@ -45,6 +46,7 @@ class MachineCode:
     loop_spills: int
     from_registers: int = 0
     divisions: tuple[str, ...] = ()
+    order: Sequence[str] = ()
 
 
 def generated_kernel(code: str) -> str:
@@ -79,7 +81,7 @@ def compile_all(jobs: Sequence[Job]) -> list[MachineCode]:
 
 def _load(text: str, folder: str, number: int) -> tuple[Any, dict[str, str]]:
     """The kernel as a triton.jit function, without Inductor's launcher around it, and its signature."""
-    signature = re.search(r"triton_meta=\{'signature': (\{.*?\})", text)
+    signature = re.search(r"triton_meta=\{.*?'signature': (\{.*?\})", text)
     assert signature is not None
     plain, count = re.subn(r"@triton_heuristics\.template\(.*?\n\)\n(?=@triton\.jit)", "", text, flags=re.S)
     assert count == 1
@@ -117,7 +119,16 @@ def measure(compiled: Any, folder: str, number: int) -> MachineCode:
     mma = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|dp4a)[\w.:]*", compiled.asm["ptx"])
     from_registers = re.findall(r"wgmma\.mma_async[\w.:]*\s*\{[^}]*\},\s*\{", compiled.asm["ptx"])
     divisions = tuple(sorted(set(re.findall(r"\b(?:div|rcp)\.[\w.]*f32", compiled.asm["ptx"]))))
-    return MachineCode(compiled.metadata.shared, int(usage["REG"]), stack, sorted(set(mma)), spills, len(from_registers), divisions)
+    ptx = compiled.asm["ptx"]
+    order = access_order(ptx)
+    return MachineCode(compiled.metadata.shared, int(usage["REG"]), stack, sorted(set(mma)), spills, len(from_registers), divisions, order)
+
+
+def access_order(ptx: str) -> tuple[str, ...]:
+    """MachineCode.order; `memory` for the first access to memory that holds tensors."""
+    names = re.findall(r"\b(griddepcontrol\.\w+|cp\.async\.bulk\.prefetch|(?:ld|st|red|atom)\.(?:\w+\.)*global|cp\.async|tensormap)", ptx)
+    order = ["memory" if not name.startswith(("griddep", "cp.async.bulk.prefetch")) else name for name in names]
+    return tuple(dict.fromkeys(order))
 
 
 def _tool(name: str, *arguments: str) -> str:

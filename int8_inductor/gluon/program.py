@@ -57,7 +57,8 @@ class Launch:
 
     arguments: dtypes of the other tensors and of the result, by torch's names. tile: rows and columns of the result that a program takes at a time.
     columns: of the result. programs: how many share a multiprocessor. max_registers: a thread's, or None for what fits. workspace: bytes that the
-    second operand, packed int4, is unpacked to before; 0 where it is not.
+    second operand, packed int4, is unpacked to before; 0 where it is not. dependent: whether it is launched before the kernel
+    that it follows has ended.
     """
 
     boxes: tuple[Box, ...]
@@ -67,6 +68,7 @@ class Launch:
     programs: int
     max_registers: int | None = None
     workspace: int = 0
+    dependent: bool = False
 
     def to_json(self) -> str:
         """As a constant in generated code."""
@@ -86,7 +88,7 @@ def _arguments(source: str, launch: str) -> tuple[Any, ...]:
     how = Launch.from_json(launch)
     types = [f"tensordesc<{TRITON_NAMES[box.element]}[{box.rows}, {box.columns}],{box.layout()!r}>" for box in how.boxes]
     types += [f"*{TRITON_NAMES[getattr(torch, dtype)]}" for dtype in how.arguments]
-    options: dict[str, Any] = {"num_warps": 4} | ({} if how.max_registers is None else {"maxnreg": how.max_registers})
+    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": how.dependent} | ({} if how.max_registers is None else {"maxnreg": how.max_registers})
     signature = {str(index): each for index, each in enumerate([*types, "i32"])}
     return source, signature, {len(types) - 1: ALIGNMENT}, 10 * CAPABILITY[0] + CAPABILITY[1], options
 

@@ -66,7 +66,9 @@ class GluonTemplate:
         literals = {name: _constant(value) for name, value in constants.items()}
         return environment.from_string(self.source).render(size=size, stride=stride, **literals)
 
-    def maybe_append_choice(self, choices: list[Any], input_nodes: Sequence[Any], layout: Any, mutated_inputs: Any, **constants: Any) -> None:
+    def maybe_append_choice(
+        self, choices: list[Any], input_nodes: Sequence[Any], layout: Any, mutated_inputs: Any, triton_meta: Any = None, **constants: Any
+    ) -> None:
         """TritonTemplate's method of that name; nothing is declined here, and a second output is not for these kernels."""
         assert mutated_inputs is None
         how = self.launch(input_nodes, layout, constants)

@@ -171,6 +171,7 @@ def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
             programs=constants["PROGRAMS"],
             max_registers=constants["MAX_REGISTERS"],
             workspace=int(layout.size[1]) * int(operands[0].get_size()[1]) if loop.unpack else 0,
+            dependent="DEPENDENT" in constants,
         )
 
     return GluonTemplate(_source(loop, tail), _names(loop, tail), launch)

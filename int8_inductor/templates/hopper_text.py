@@ -101,6 +101,10 @@ def kernel(a_tiles, B_TILES, POINTERS OUT, M):
     for stage in tl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=PARTS)
+{% if DEPENDENT is defined %}
+    tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+{% endif %}
     tl.warp_specialize(
         [
 {% for part in range(PARTS | int) %}

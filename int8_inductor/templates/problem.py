@@ -32,13 +32,15 @@ class Problem:
 @dataclass(frozen=True)
 class Device:
     """shared_memory: bytes of shared memory that one block can have. multiprocessors: how many there are. tma: whether it has tensor descriptors.
-    warpgroups: whether it has Hopper's products of four warps, and this process can write kernels for them.
+    warpgroups: whether it has Hopper's products of four warps, and this process can write kernels for them. dependent: whether kernels are launched
+    before the ones that they follow have ended (dependent.py).
     """
 
     shared_memory: int
     multiprocessors: int
     tma: bool
     warpgroups: bool = False
+    dependent: bool = False
 
 
 INTERPRETER = Device(shared_memory=2**31, multiprocessors=2, tma=True)

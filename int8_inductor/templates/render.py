@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from .dependent import prelude
 from .tail import Tail
 
 __all__ = ["triton_template"]
@@ -15,4 +16,6 @@ def triton_template(stem: str, grid: str, source: str, tail: Tail):  # type: ign
     from torch._inductor.kernel import mm_common
     from torch._inductor.select_algorithm import TritonTemplate
 
-    return TritonTemplate(name=f"{stem}_{tail.name()}", grid=getattr(mm_common, grid), source=source)
+    start = source.index("\n", source.index("{{def_kernel(")) + 1
+    text = source[:start] + prelude(tail.weights) + source[start:]
+    return TritonTemplate(name=f"{stem}_{tail.name()}", grid=getattr(mm_common, grid), source=text)

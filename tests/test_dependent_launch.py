@@ -1,0 +1,208 @@
+"""Kernels that start before the ones that they follow have ended: what they do first, how they are launched, and that they see what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hopper_cases import JOBS as HOPPER_JOBS
+from machine_code import Job, compile_all, generated_kernel
+from support import run
+from test_weight_machine_code import Case, cases, render
+from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.codegen.triton import TritonKernel
+
+from int8_inductor import Int8DynamicActivationInt8WeightConfig, launching, lowering, operands, ops, quantize_
+from int8_inductor._compat import launched_as_dependents
+from int8_inductor.templates import LOWERINGS, dependent, persistent, tiled, vector
+from int8_inductor.templates.problem import Problem
+
+WAIT, GO, AHEAD = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch"
+N, K = 256, 4096
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def as_dependents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates are rendered as where CUDA graphs launch them on Hopper; kernels for a GPU are looked at, not run."""
+    monkeypatch.setattr(operands, "launches_dependents", lambda device: True)
+    monkeypatch.setattr(lowering, "has_ptx", lambda device: True)
+    monkeypatch.setattr("torch._inductor.runtime.triton_heuristics.CachingAutotuner.run", lambda *args, **kwargs: None)
+
+
+def rendered(template: Any, config: Any, m: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernel of a product of int8 with m rows."""
+    monkeypatch.setitem(LOWERINGS, "scaled_mm", dataclasses.replace(LOWERINGS["scaled_mm"], templates=(template,)))
+    monkeypatch.setattr(template, "candidates", lambda *args, **kwargs: [config])
+    a, b = torch.zeros(m, K, dtype=torch.int8), torch.zeros(N, K, dtype=torch.int8)
+    code = run(lambda a, b, x, y: ops.scaled_mm(a, b, x, y, out_dtype=torch.bfloat16), a, b, torch.ones(m, 1), torch.ones(N)).code[0]
+    return generated_kernel(code)
+
+
+MODULES = [
+    (tiled, tiled.TiledConfig(16, 64, 256, 4, 4), 7, True),
+    (tiled, tiled.TiledConfig(64, 128, 128, 3, 4), 65, False),  # two tiles cover M
+    (persistent, persistent.CONFIGS[0], 7, False),
+    (vector, vector.CONFIGS[0], 1, True),
+]
+
+
+@pytest.mark.parametrize(("template", "config", "m", "asks"), MODULES)
+def test_a_kernel_waits_before_it_touches_memory(
+    template: Any, config: Any, m: int, asks: bool, as_dependents: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = rendered(template, config, m, monkeypatch)
+    assert "'launch_pdl': True" in text
+    (code,) = compile_all([Job(text, config.num_warps, config.num_stages, 90)])
+    assert tuple(code.order) == ((AHEAD, WAIT, GO, "memory") if asks else (WAIT, GO, "memory"))
+    assert code.mma
+    assert code.stack == 0
+
+
+def test_so_does_every_template_of_other_weights(as_dependents: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: dict[Any, Case] = {(case.name, type(case.template)): case for case in cases(90)}
+    assert len({name for name, _ in chosen}) >= 4
+    jobs = [Job(render(each, monkeypatch), each.config.num_warps, each.constants["num_stages"], 90) for each in chosen.values()]
+    orders = [tuple(code.order) for code in compile_all(jobs)]
+    assert {order[-3:] for order in orders} == {(WAIT, GO, "memory")}
+    assert (AHEAD, WAIT, GO, "memory") in orders
+
+
+def test_without_it_kernels_neither_wait_nor_are_launched_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.runtime.triton_heuristics.CachingAutotuner.run", lambda *args, **kwargs: None)
+    text = rendered(tiled, MODULES[0][1], 7, monkeypatch)
+    assert "gdc_" not in text
+    assert "prefetch" not in text
+    assert "'launch_pdl': True" not in text
+
+
+def test_kernels_in_gluon_wait_first() -> None:
+    """The launch says so too, and Triton sets the launch's attribute from it."""
+    job = HOPPER_JOBS[0]
+    source, launch = job.program(DEPENDENT=True)
+    assert '"dependent": true' in launch
+    assert '"dependent": false' in job.program()[1]
+    assert "griddepcontrol" not in job.program()[0]
+    before, after = source.split("griddepcontrol.launch_dependents")
+    assert "griddepcontrol.wait" in before
+    assert "warp_specialize" not in before
+    assert "warp_specialize" in after
+
+
+SIZES = [
+    # m, bytes of a row, block_m, block_n, warps -> lanes, lanes of a row, bytes of a request
+    ((16, 4096, 16, 64, 4), (128, 2, 1024)),
+    ((1, 4096, 1, 4, 4), (128, 32, 64)),
+    ((1, 1000, 1, 4, 4), (128, 32, 16)),
+    ((1, 496, 1, 4, 4), None),  # 15 bytes a lane
+    ((16, 14336, 16, 128, 2), (128, 1, 2048)),
+    ((17, 4096, 16, 64, 4), None),
+]
+
+
+@pytest.mark.parametrize(("given", "want"), SIZES)
+def test_what_a_program_asks_for_lies_in_its_rows(given: tuple[int, ...], want: tuple[int, ...] | None) -> None:
+    m, row_bytes, block_m, block_n, warps = given
+    problem = Problem(m, N, row_bytes, row_bytes, tma=True, static_m=m)
+    config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
+    got = dependent.constants(problem, row_bytes, config)
+    assert got == {"DEPENDENT": True} | dict(zip(("AHEAD_LANES", "AHEAD_ROW_LANES", "AHEAD_CHUNK"), want or (), strict=bool(want)))
+    if want:
+        lanes, row_lanes, chunk = want
+        assert lanes // row_lanes == block_n
+        assert chunk % 16 == 0
+        assert row_lanes * chunk <= row_bytes
+
+
+def test_what_is_not_known_or_aligned_is_not_asked_for() -> None:
+    config = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4}
+    known = Problem(16, N, K, K, tma=True, static_m=16)
+    only_waits = {"DEPENDENT": True}
+    assert dependent.constants(known, K, config) != only_waits
+    assert dependent.constants(dataclasses.replace(known, static_m=None), K, config) == only_waits
+    assert dependent.constants(dataclasses.replace(known, tma=False), K, config) == only_waits
+    assert dependent.constants(known, None, config) == only_waits
+    assert dependent.constants(known, K, config | {"NUM_SMS": 132}) == only_waits
+
+
+def test_inductors_kernels_wait_first_even_those_that_read_nothing() -> None:
+    wait, go = TritonKernel.GDC_WAIT, TritonKernel.GDC_LAUNCH
+    bodies = {("tmp0 = 0.0", "store"): ("tmp0 = 0.0", "store"), ("load", f"    {wait}", f"    {go}", wait, "store"): ("load", "store")}
+    on, off = (SimpleNamespace(_enable_pdl_codegen=lambda answer=answer: answer) for answer in (True, False))
+    for body, rest in bodies.items():
+        code = SimpleNamespace(_lines=list(body))
+        with launched_as_dependents():
+            assert inductor_config.triton.enable_pdl
+            TritonKernel._filter_pdl(off, code)
+            assert code._lines == list(body)
+            TritonKernel._filter_pdl(on, code)
+        assert code._lines == [wait, go, *rest]
+    assert not inductor_config.triton.enable_pdl
+
+
+@pytest.mark.parametrize(
+    ("capability", "graphs", "cpp", "want"),
+    [
+        ((9, 0), True, False, True),
+        ((12, 0), True, False, True),
+        ((9, 0), False, False, False),
+        ((8, 0), True, False, False),
+        ((9, 0), True, True, False),
+    ],
+)
+def test_where_kernels_are_launched_so(capability: tuple[int, int], graphs: bool, cpp: bool, want: bool) -> None:
+    device = torch.device("cuda", 0)
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        inductor_config.patch({"triton.cudagraphs": graphs, "cpp_wrapper": cpp}),
+        launching.launches({device}),
+    ):
+        assert inductor_config.triton.enable_pdl is want
+    with inductor_config.patch({"triton.cudagraphs": True}), launching.launches({torch.device("cpu")}):
+        assert not inductor_config.triton.enable_pdl
+
+
+class Block(nn.Module):
+    """Kernels of every kind, one after the other: norms, quantized activations, products, a fill, a gather."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        return x + y + torch.zeros_like(y).index_fill(0, torch.arange(1, device=x.device), 0.5)
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 16, 100, 4096])
+def test_results_are_those_of_launches_one_after_the_other(rows: int) -> None:
+    """Bit for bit, over many replays with other inputs: where a kernel read too early, what it read would be the last replay's."""
+    torch.manual_seed(rows)
+    with torch.device("cuda"):
+        model = nn.Sequential(*(Block(1024) for _ in range(6))).to(torch.bfloat16).eval()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    plain = {"triton.cudagraphs": False, "triton.enable_pdl": False}
+    inputs = [torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(20)]
+    with torch.no_grad(), mock.patch.object(torch._inductor.config, "fx_graph_cache", False):
+        replayed = run(model, inputs[0], options={"triton.cudagraphs": True})
+        kernels = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", replayed.code[0], re.S)
+        assert len(kernels) > 3
+        for name, text in kernels:
+            assert "'launch_pdl': True" in text, name
+            body = text[text.index("def triton_") :]
+            assert body.index("gdc_wait()") < body.index("gdc_launch_dependents()") < min(body.index("tl.store"), body.find("tl.load") % 2**31)
+        torch._dynamo.reset()
+        one_by_one = torch.compile(model, backend="int8_inductor", options=plain)
+        want = [one_by_one(x).clone() for x in inputs]
+        torch._dynamo.reset()
+        graphed = torch.compile(model, backend="int8_inductor", options={"triton.cudagraphs": True})
+        for _, (x, y) in itertools.product(range(10), zip(inputs, want, strict=True)):
+            assert torch.equal(graphed(x), y)
