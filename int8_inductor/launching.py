@@ -1,4 +1,9 @@
-"""How kernels are launched: one by one by the host, or by a CUDA graph, from which each can start while the one before it ends."""
+"""How kernels are launched: one by one by the host, or by a CUDA graph, from which on Hopper and on each may start while the one before it ends.
+
+Such a launch is called a programmatic dependent one (CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization"). Every kernel
+waits for the one before it before it touches memory, so what is left of the gap between two is what they do before that. A kernel that has waited
+may let the next one be launched at once; whatever that one sees has still been written.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,8 @@ def by_cuda_graphs() -> bool:
 
 
 def launches(devices: Iterable[torch.device]) -> contextlib.AbstractContextManager[None]:
-    """Inside it Inductor writes kernels for these devices to be launched as they are to be: as dependents (templates/dependent.py) where CUDA graphs
-    launch them, or the user asks for it. Launches of such kernels by the host take longer than others.
+    """Inside it Inductor writes kernels for these devices to be launched as they are to be: as dependents where CUDA graphs launch them, or the user
+    asks for it with Inductor's triton.enable_pdl. The host's launches of such kernels take longer than others.
     """
     from torch._inductor import config
 

@@ -35,8 +35,8 @@ class Job:
 class MachineCode:
     """shared: bytes a block. registers, stack: registers and bytes of local memory a thread. mma: instructions that multiply int8, as PTX names them.
     loop_spills: loads and stores of local memory inside a loop that multiplies. from_registers: products whose left operand is in registers.
-    divisions: those of float32, as PTX names them. order: what waits for other kernels, lets them start or asks for their memory, and the first that
-    reads or writes memory, as PTX names them, in order.
+    divisions: those of float32, as PTX names them. order: what waits for other kernels or lets them start, as PTX names it, and `memory` for the
+    first access to memory that holds tensors, in order.
     """
 
     shared: int
@@ -125,10 +125,9 @@ def measure(compiled: Any, folder: str, number: int) -> MachineCode:
 
 
 def access_order(ptx: str) -> tuple[str, ...]:
-    """MachineCode.order; `memory` for the first access to memory that holds tensors."""
-    names = re.findall(r"\b(griddepcontrol\.\w+|cp\.async\.bulk\.prefetch|(?:ld|st|red|atom)\.(?:\w+\.)*global|cp\.async|tensormap)", ptx)
-    order = ["memory" if not name.startswith(("griddep", "cp.async.bulk.prefetch")) else name for name in names]
-    return tuple(dict.fromkeys(order))
+    """MachineCode.order."""
+    names = re.findall(r"\b(griddepcontrol\.\w+|(?:ld|st|red|atom)\.(?:\w+\.)*global|cp\.async|tensormap)", ptx)
+    return tuple(dict.fromkeys(name if name.startswith("griddep") else "memory" for name in names))
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -33,7 +33,7 @@ class Problem:
 class Device:
     """shared_memory: bytes of shared memory that one block can have. multiprocessors: how many there are. tma: whether it has tensor descriptors.
     warpgroups: whether it has Hopper's products of four warps, and this process can write kernels for them. dependent: whether kernels are launched
-    before the ones that they follow have ended (dependent.py).
+    before the ones that they follow have ended (launching.py).
     """
 
     shared_memory: int
