@@ -21,6 +21,7 @@ from .epilogue import BIAS, OUT_DTYPE, fold_activations
 from .experts import note_experts, rewrite_grouped
 from .instructions import use_fewer_instructions
 from .linear import LINEAR
+from .patches import embed_patches
 from .requantize import fold_quants
 from .shared import merge_quants
 from .side_by_side import lay_side_by_side
@@ -105,6 +106,7 @@ class Int8Pass(CustomGraphPass):
             graph.eliminate_dead_code()
             report = context.ledger.settle(graph)
             use_fewer_instructions(graph)  # replaces quants that the ledger knows by their nodes
+            embed_patches(graph)
             graph.eliminate_dead_code()
             publish(report)
 
