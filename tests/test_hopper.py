@@ -211,7 +211,7 @@ def test_candidates_are_few_and_not_mostly_padding(m: int) -> None:
         groups = (128,) if "block" in name or "int4" in name else ()
         problem = Problem(m, 4096, 4096, 4096, tma=True, groups=groups, a_bytes=2 if name == "weight_int8_mm" else 1)
         found = template.candidates(problem, H200, FAST, thorough=True)
-        assert len(found) <= 2
+        assert len(found) <= getattr(template, "TIMED", 2)
         assert bool(found) is (m >= {"scaled_mm": 65, "weight_int8_mm": 33}.get(name, 256))
 
 

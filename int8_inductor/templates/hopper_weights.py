@@ -15,7 +15,7 @@ from ..gluon.program import Box
 from ..gluon.template import GluonTemplate
 from . import hopper
 from .hopper import HopperConfig, Loop
-from .problem import Device, Problem
+from .problem import Device, Problem, tiles
 from .tail import Tail
 
 __all__ = ["CONFIGS", "LOOP", "is_legal", "template"]
@@ -90,9 +90,16 @@ CONFIGS = (
     HopperConfig(64, 2, 256, 4),
     HopperConfig(64, 2, 128, 8),
     HopperConfig(64, 2, 64, 12),
+    HopperConfig(64, 1, 256, 5),
+    HopperConfig(64, 1, 128, 4, programs=2),
+    HopperConfig(64, 1, 64, 8, programs=2),
 )
 LEAST_ROWS = 33
 """From so many rows of the activation on."""
+TIMED = 3
+"""How many configs are timed."""
+CONVERSION = 32
+"""Columns that take as long as converting the tile's weights."""
 
 
 def is_legal(config: HopperConfig, problem: Problem, device: Device, tail: Tail) -> bool:
@@ -101,9 +108,16 @@ def is_legal(config: HopperConfig, problem: Problem, device: Device, tail: Tail)
 
 
 def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[HopperConfig]:
-    """The configs worth timing: legal, two of those whose tiles are not mostly padding; the largest tiles for many rows."""
+    """The configs worth timing: legal, and those that fill the chip best without tiles that are mostly padding."""
     legal = [config for config in CONFIGS if is_legal(config, problem, device, tail) and hopper.useful(LOOP, config, problem)]
-    return legal[:2] if problem.m >= LEAST_ROWS else []
+    return sorted(legal, key=functools.partial(_work, problem, device))[:TIMED] if problem.m >= LEAST_ROWS else []
+
+
+def _work(problem: Problem, device: Device, config: HopperConfig) -> int:
+    """Elements of tiles, converting included, that the busiest multiprocessor has one after the other."""
+    high = config.rows * config.parts
+    of_each = -(-tiles(problem, config.columns, high) // device.multiprocessors)
+    return of_each * high * (config.columns + CONVERSION)
 
 
 @functools.cache
