@@ -11,7 +11,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "hints",
     "launched_as_dependents",
     "launches_dependents",
+    "real_tensors",
     "run_apart",
     "run_of",
     "share_triton_cache",
@@ -194,6 +195,13 @@ def run_of(choice: Any, *args: torch.Tensor, out: torch.Tensor) -> Callable[[], 
     if isinstance(choice, ExternKernelCaller):
         return functools.partial(choice.choice.to_callable(), *args, out=out, **choice.kwargs)
     return choice.bmreq.make_run_fn(*args, out=out)  # type: ignore[no-any-return]
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Inside it tensors that are made are real, also while Inductor lowers a graph of fake ones."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
 
 
 def _itself(choice: Any) -> Any:

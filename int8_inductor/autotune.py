@@ -17,15 +17,16 @@ from typing import Any
 import torch
 
 from . import launching
-from ._compat import fastest, run_of, start_compiling, wait_for_compile_workers
+from ._compat import fastest, real_tensors, run_of, start_compiling, wait_for_compile_workers
 from .branches import branch
 from .gluon import program
 from .gluon.template import is_gluon
 from .ranges import Range
 from .templates.problem import Device, Problem
+from .templates.rivals import Rival
 from .templates.tail import Tail
 
-__all__ = ["Kernel", "autotune", "compile_ahead"]
+__all__ = ["Kernel", "autotune", "compile_ahead", "is_beaten"]
 
 WARMUP_MS, REPEAT_MS = 2, 10
 """How long each choice runs: long enough for the median of some 100 launches, each behind a cleared L2."""
@@ -36,18 +37,30 @@ SHORT_MS, LAUNCH_MS = 0.06, 0.03
 """What a launch of one in Gluon costs the host more than one of Inductor's; where no CUDA graph takes it away, kernels so short wait for the host
 (ViT-B/16, batch 32, in the default mode on an H200: 3.9 ms with twelve such launches of 52 us, 3.1 with Inductor's of 57)."""
 
+LIBRARY_HANDICAP = 1.05
+"""A library's kernels have to be faster by this: what follows them was timed as a copy."""
+
 _WINNERS: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 """What was timed -> (template module, config)."""
+_TIMES: dict[tuple[Any, ...], float] = {}
+"""What was timed -> milliseconds of the winner."""
+_BEATEN: dict[tuple[Any, ...], bool] = {}
+"""What was timed against a library's kernels -> whether those are faster."""
 
 
-def _median_ms(choice: Any, *args: Any, out: Any) -> float:
-    """Milliseconds that a choice's kernel takes: the signature and unit of Inductor's ChoiceCaller.benchmark."""
+def _clock(run: Callable[[], Any]) -> float:
+    """Milliseconds that what `run` launches takes."""
     from triton.testing import do_bench
 
-    run = run_of(choice, *args, out=out)
     with _recorded(run) if launching.by_cuda_graphs() else contextlib.nullcontext(run) as launch:
-        ms = float(do_bench(launch, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
-    return _with_launch(ms) if is_gluon(choice) else ms
+        return float(do_bench(launch, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
+
+
+def _median_ms(times: dict[Any, float], choice: Any, *args: Any, out: Any) -> float:
+    """What a choice's kernel counts as, which `times` keeps: the signature and unit of Inductor's ChoiceCaller.benchmark."""
+    ms = _clock(run_of(choice, *args, out=out))
+    times[choice] = _with_launch(ms) if is_gluon(choice) else ms
+    return times[choice]
 
 
 @contextlib.contextmanager
@@ -116,9 +129,10 @@ class Kernel:
         """Inside it Inductor renders and times for the M that stands for the one range of this kernel."""
         return self.ranges[0].stands() if self.ranges else contextlib.nullcontext()
 
-    def choices(self, candidates: list[tuple[Any, Any]]) -> list[Any]:
-        """The candidates rendered, as Inductor's choices."""
+    def choices(self, candidates: list[tuple[Any, Any]], times: dict[Any, float] | None = None) -> list[Any]:
+        """The candidates rendered, as Inductor's choices; `times` receives what each takes when it is timed."""
         choices: list[Any] = []
+        times = {} if times is None else times
         for module, config in candidates:
             constants = self.literals | module.constants(config, self.problem, self.device, self.tail)
             template = module.template(self.tail)
@@ -129,7 +143,7 @@ class Kernel:
             )
             if declined is not None:
                 raise declined
-            choices[-1].benchmark = functools.partial(_median_ms, choices[-1])
+            choices[-1].benchmark = functools.partial(_median_ms, times, choices[-1])
         return choices
 
 
@@ -150,13 +164,34 @@ def _winner(kernel: Kernel) -> tuple[Any, Any]:
     candidates = kernel.candidates()
     if len(candidates) > 1:
         with kernel.stands():
-            choices = kernel.choices(candidates)
-            winner = candidates[choices.index(fastest(kernel.name, choices, kernel.inputs, kernel.layout))]
+            times: dict[Any, float] = {}
+            choices = kernel.choices(candidates, times)
+            chosen = fastest(kernel.name, choices, kernel.inputs, kernel.layout)
+            winner = candidates[choices.index(chosen)]
+            if chosen in times:
+                _TIMES[kernel.kind] = times[chosen]
     else:
         (winner,) = candidates
     if kernel.layout.device.type != "cpu":
         _WINNERS[kernel.kind] = winner
     return winner
+
+
+def is_beaten(kernel: Kernel, rival: Rival) -> bool:
+    """Whether a library's kernels take less time than the best of `kernel`. One that was not timed, as there is one candidate, is not beaten."""
+    if kernel.ranges or kernel.layout.device.type == "cpu":
+        return False
+    if kernel.kind not in _BEATEN:
+        _winner(kernel)
+        _BEATEN[kernel.kind] = kernel.kind in _TIMES and _rival_ms(kernel, rival) * LIBRARY_HANDICAP < _TIMES[kernel.kind]
+    return _BEATEN[kernel.kind]
+
+
+def _rival_ms(kernel: Kernel, rival: Rival) -> float:
+    """Milliseconds that a library's kernels take; infinity where it does not take the operands."""
+    with real_tensors():
+        run = rival(kernel.problem, kernel.inputs[0].get_dtype(), kernel.layout.dtype, kernel.layout.device)
+        return float("inf") if run is None else _clock(run)
 
 
 def compile_ahead(kernels: Iterable[Kernel]) -> None:

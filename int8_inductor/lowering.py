@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from . import ops, reference
 from ._compat import size_hint
 from .ahead import KERNELS, compile_all_ahead
-from .autotune import Kernel, autotune
+from .autotune import Kernel, autotune, is_beaten
 from .either import either
 from .explain import record_kernel, recorded
 from .gluon.template import workspace_of
@@ -165,10 +165,18 @@ def _lower_triton(call: _Call) -> Any:
         scales = empty_strided([rows, blocks], None, dtype=torch.float32, device=call.given["a"].get_device())
         scales.realize()
     kernel = _kernel(call, scales)
+    if scales is None and _is_beaten(call, kernel):
+        return _lower_torch(call)
     result, lasts = autotune(kernel)
     unpacked = f", the weight unpacked to {workspace} bytes" if (workspace := workspace_of(result)) else ""
     record_kernel(V.graph.current_node, in_words(kernel, lasts, call.last) + unpacked, kernel.tail.describe())
     return result if scales is None else (result, scales)
+
+
+def _is_beaten(call: _Call, kernel: Kernel) -> bool:
+    """Whether AUTO is to take a library's kernels, as they are faster."""
+    rival = call.lowering.rival
+    return rival is not None and parse(call.given["kernel_preference"]) is KernelPreference.AUTO and is_beaten(kernel, rival)
 
 
 def _lower_torch(call: _Call) -> Any:

@@ -7,6 +7,7 @@ import functools
 from ..int_mm import padded_int_mm
 from ..products.scaled_mm import SCALED_MM
 from . import hopper_scaled_mm, persistent, tiled, vector
+from .rivals import int_mm
 from .types import Lowering
 
 __all__ = ["LOWERING"]
@@ -16,4 +17,5 @@ LOWERING = Lowering(
     templates=(tiled, persistent, vector, hopper_scaled_mm),
     eager=functools.partial(SCALED_MM.eager, int_mm=padded_int_mm),
     eager_kernel=lambda problem: "aten._int_mm",
+    rival=int_mm,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..products import Product
 from .problem import Device, Problem
+from .rivals import Rival
 
 __all__ = ["Lowering"]
 
@@ -31,7 +32,8 @@ class Lowering:
     templates: modules, each a main loop. loop: names of the operands, besides a and b, that the main loops read: whole, in this order, after A and B.
     The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what eager_kernel(problem) names,
     compiled for KernelPreference.TORCH, and for AUTO where expands(problem, device) says so. groups(operands): Problem.groups, from the product's
-    operands by name, as Inductor's boxes and numbers.
+    operands by name, as Inductor's boxes and numbers. rival: the library's kernels that AUTO times against the templates, and runs where they are
+    faster; see rivals.py.
     """
 
     product: Product
@@ -41,3 +43,4 @@ class Lowering:
     loop: tuple[str, ...] = ()
     groups: Callable[[Mapping[str, Any]], tuple[int, ...]] = no_groups
     expands: Callable[[Problem, Device], bool] = never
+    rival: Rival | None = None

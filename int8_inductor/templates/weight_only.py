@@ -1,8 +1,8 @@
 """How weight-only and int4 products lower: main loops that convert the weight on its way to the tensor cores, or a product with it expanded.
 
-Expanded (KernelPreference.TORCH, and where `_expands` says so) the weight is in memory for as long as its product runs: N x K elements of
-the activation's dtype. On a GPU it is then rounded to that dtype where it has scales in groups; with scales per row bfloat16 holds the integers
-alone, exactly, and the product is rounded to bfloat16 once before its scale. On a CPU, and for float32 activations, all of it is float32.
+Expanded (KernelPreference.TORCH, and where `_expands` or a rival's time says so) the weight is in memory for as long as its product runs: N x K
+elements of the activation's dtype. On a GPU it is then rounded to that dtype where it has scales in groups; with scales per row bfloat16 holds the
+integers alone, exactly, and the product is rounded to bfloat16 once before its scale. On a CPU, and for float32 activations, all of it is float32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..products.weight_only import WEIGHT_INT4_MM, WEIGHT_INT8_GROUP_MM, WEIGHT_
 from . import hopper_weights
 from .hopper_blocks import INT8_INT4_MM as HOPPER_INT8_INT4
 from .problem import Device, Problem
+from .rivals import EXPANDED_ROWS, expanded_mm
 from .types import Lowering
 from .weight_formats import INT4, INT8, INT8_GROUPS, INT8_INT4, INT8_INT4_GROUPS, Weight
 from .weight_split import SplitConfig, WeightSplit
@@ -117,24 +118,17 @@ def _expand_both(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, group_s
     return _mm(dequantize_groups(a, a_scale).to(dtype), dequantize_groups(unpack_int4(b), b_scale).to(dtype))
 
 
-EXPANDED_ROWS = 192
-"""From so many rows on the weight is expanded for cuBLAS. On an H200, against a bfloat16 weight (int8 / int4, 4096 x 4096): 0.60 / 0.62 at M = 256,
-0.75 / 0.76 at 1024, 0.91 at 4096, 0.96 at 8192; the templates stay at 0.4 to 0.6."""
-
-
-HOPPER_EXPANDED_ROWS = 4096
-"""The same where hopper_weights.py has a template: int8 0.6 to 0.8 at M = 256, 0.72 to 0.92 at 1024, 0.90 at 4096."""
-
-
 def _expands(problem: Problem, device: Device) -> bool:
-    """For many rows, and for float32 activations, which tensor cores do not multiply."""
+    """For many rows, and for float32 activations, which tensor cores do not multiply. On an H200, against a bfloat16 weight (int8 / int4, 4096 x
+    4096): 0.60 / 0.62 at M = 256, 0.75 / 0.76 at 1024, 0.91 at 4096, 0.96 at 8192; the Triton templates stay at 0.4 to 0.6.
+    """
     return problem.a_bytes == 4 or problem.m >= EXPANDED_ROWS
 
 
 def _int8_expands(problem: Problem, device: Device) -> bool:
-    """The same, later where a template converts the weight in registers."""
+    """The same; but where hopper_weights.py has a template, its time decides (rivals.py)."""
     hopper = device.warpgroups and problem.a_bytes == 2 and problem.k % 16 == 0
-    return _expands(problem, device) and not (hopper and problem.m < HOPPER_EXPANDED_ROWS)
+    return _expands(problem, device) and not hopper
 
 
 def _memory(problem: Problem) -> str:
@@ -154,7 +148,12 @@ def _templates(weight: Weight, tiles: tuple[WeightConfig, ...], *more: type) -> 
 _IN_GROUPS: dict[str, Any] = {"loop": ("b_scale",), "groups": _group}
 LOWERINGS = (
     Lowering(
-        WEIGHT_INT8_MM, (*_templates(INT8, INT8_CONFIGS, WeightVector), hopper_weights), _expand_int8, _memory, expands=_int8_expands
+        WEIGHT_INT8_MM,
+        (*_templates(INT8, INT8_CONFIGS, WeightVector), hopper_weights),
+        _expand_int8,
+        _memory,
+        expands=_int8_expands,
+        rival=expanded_mm,
     ),
     Lowering(
         WEIGHT_INT8_GROUP_MM, _templates(INT8_GROUPS, GROUP_CONFIGS, WeightVector), _expand_int8_groups, _memory, expands=_expands, **_IN_GROUPS
