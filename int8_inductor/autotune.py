@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,30 +52,39 @@ def _clock(run: Callable[[], Any]) -> float:
     """Milliseconds that what `run` launches takes."""
     from triton.testing import do_bench
 
-    with _recorded(run) if launching.by_cuda_graphs() else contextlib.nullcontext(run) as launch:
-        return float(do_bench(launch, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
+    return float(do_bench(run, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median"))
 
 
-def _median_ms(times: dict[Any, float], choice: Any, *args: Any, out: Any) -> float:
-    """What a choice's kernel counts as, which `times` keeps: the signature and unit of Inductor's ChoiceCaller.benchmark."""
-    ms = _clock(run_of(choice, *args, out=out))
-    times[choice] = _with_launch(ms) if is_gluon(choice) else ms
-    return times[choice]
+def _clock_recorded(run: Callable[[], Any]) -> float:
+    """The same, launched as the compiled code will be: where CUDA graphs launch that, by one.
 
-
-@contextlib.contextmanager
-def _recorded(run: Callable[[], Any]) -> Iterator[Callable[[], None]]:
-    """What launches `run` as a CUDA graph does. A launch of a kernel in Gluon from Python takes the host as long as the clear of the L2 takes the
-    GPU, at times longer: on one host of several the clock showed ViT-B/16's 27 us as 32.
+    A launch of a kernel in Gluon from Python can take the host longer than the clear of the L2 takes the GPU: on one host of several the clock showed
+    the 27 us of a linear of ViT-B/16 as 32. Not for Inductor's own kernels: their launches are short, and made for the stream that was current when
+    they were, which does not record.
     """
+    if not launching.by_cuda_graphs():
+        return _clock(run)
     run()  # loads the kernel, which is not to be recorded
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
-    yield graph.replay
+    ms = _clock(graph.replay)
     torch.cuda.synchronize()
     graph.reset()
+    return ms
+
+
+def _median_ms(choice: Any, *args: Any, out: Any) -> float:
+    """What a choice's kernel counts as: the signature and unit of Inductor's ChoiceCaller.benchmark."""
+    run = run_of(choice, *args, out=out)
+    return _with_launch(_clock_recorded(run)) if is_gluon(choice) else _clock(run)
+
+
+def _timed(times: dict[Any, float], choice: Any, *args: Any, out: Any) -> float:
+    """The same, kept in `times`."""
+    times[choice] = _median_ms(choice, *args, out=out)
+    return times[choice]
 
 
 def _with_launch(ms: float) -> float:
@@ -143,7 +152,7 @@ class Kernel:
             )
             if declined is not None:
                 raise declined
-            choices[-1].benchmark = functools.partial(_median_ms, times, choices[-1])
+            choices[-1].benchmark = functools.partial(_timed, times, choices[-1])
         return choices
 
 
@@ -191,7 +200,7 @@ def _rival_ms(kernel: Kernel, rival: Rival) -> float:
     """Milliseconds that a library's kernels take; infinity where it does not take the operands."""
     with real_tensors():
         run = rival(kernel.problem, kernel.inputs[0].get_dtype(), kernel.layout.dtype, kernel.layout.device)
-        return float("inf") if run is None else _clock(run)
+        return float("inf") if run is None else _clock_recorded(run)
 
 
 def compile_ahead(kernels: Iterable[Kernel]) -> None:

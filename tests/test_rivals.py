@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from support import run
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from int8_inductor import autotune, lowering, ops
 from int8_inductor.templates import LOWERINGS, rivals
@@ -68,7 +71,7 @@ def test_the_faster_by_five_per_cent_is_taken(winner_ms: float | None, rival_ms:
     if winner_ms is not None:
         autotune._TIMES["a kind",] = winner_ms
     monkeypatch.setattr(autotune, "_winner", lambda kernel: None)
-    monkeypatch.setattr(autotune, "_clock", lambda run: calls.append(run) or rival_ms)
+    monkeypatch.setattr(autotune, "_clock_recorded", lambda run: calls.append(run) or rival_ms)
 
     def rival(*given: Any) -> Any:
         assert given == (SQUARE, torch.int8, torch.bfloat16, torch.device("cuda", 0))
@@ -121,3 +124,43 @@ def test_what_is_faster_runs(handicap: float, taken: bool, graphs: bool, monkeyp
     assert any(each.startswith("triton_tem_") for each in compiled.kernels) is not taken
     for got, want in zip(compiled.output, fn(a, b, x, y, wide), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-1 if got.dtype == torch.bfloat16 else 0)
+
+
+# Clocks ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_what_cuda_graphs_will_launch_is_timed_so(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once to load it, once to record it; what is timed is the replay."""
+    steps: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            steps.append("replay")
+
+        def reset(self) -> None:
+            steps.append("reset")
+
+    @contextlib.contextmanager
+    def recording(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        steps.append("record")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(autotune, "_clock", lambda run: run() or 0.25)
+    with inductor_config.patch({"triton.cudagraphs": graphs}):
+        assert autotune._clock_recorded(lambda: steps.append("run")) == 0.25
+    assert steps == (["run", "record", "run", "replay", "reset"] if graphs else ["run"])
+
+
+@gpu
+def test_a_recorded_launch_takes_as_long() -> None:
+    """A graph that recorded nothing would be over in a microsecond."""
+    source = torch.randn(2**26, device="cuda")
+    target = torch.empty_like(source)
+    direct = autotune._clock(lambda: target.copy_(source))
+    with inductor_config.patch({"triton.cudagraphs": True}):
+        assert 0.5 * direct < autotune._clock_recorded(lambda: target.copy_(source)) < 2 * direct
