@@ -1,4 +1,5 @@
-"""`python -m benchmarks.report --readme`: write the newest committed results into README.md, between two markers. `--check` fails when stale."""
+"""`python -m benchmarks.report --readme`: write the newest committed result of each command into README.md, between two markers. `--check` fails when
+stale."""
 
 from __future__ import annotations
 
@@ -63,16 +64,15 @@ def committed_results(root: Path) -> list[Path]:
 
 
 def newest(paths: list[Path]) -> dict[Section, list[Path]]:
-    """The newest results of each section, oldest first: the last by the date inside it, and what other commands gave for the same commit."""
+    """The results of each section, oldest first: of each command the last one by the date inside it."""
     found = [(read_json(path), path) for path in paths]
     chosen: dict[Section, list[Path]] = {}
     for section in SECTIONS:
-        results = [(result["environment"]["date"], path, result["environment"]) for result, path in found if section.shows(result)]
+        results = [(result["environment"]["date"], path, result["environment"]["command"]) for result, path in found if section.shows(result)]
         results.sort(key=lambda each: each[:2])
-        commit = results[-1][2]["commit"] if results else None
-        last = {record["command"]: path for _, path, record in results if record["commit"] == commit}
-        if results:
-            chosen[section] = list(last.values()) if commit else [results[-1][1]]
+        last = {command: path for _, path, command in results}
+        if last:
+            chosen[section] = sorted(last.values(), key=[path for _, path, _ in results].index)
     return chosen
 
 

@@ -229,7 +229,7 @@ def test_report_writes_the_block_and_check_sees_that_it_is_stale(checkout: Path,
     assert "gemm-a.png" not in (checkout / "README.md").read_text()
 
 
-def test_report_shows_all_that_was_measured_of_the_newest_commit(checkout: Path) -> None:
+def test_report_shows_the_newest_of_each_command(checkout: Path) -> None:
     for name, command, commit in (("gemm-b", "python -m benchmarks.gemm --shapes vit", "f" * 40), ("gemm-c", "python -m benchmarks.gemm", "e" * 40)):
         result = gemm_result(3.0, "2026-01-01T00:00:00Z")
         result["environment"] |= {"command": command, "commit": commit}
