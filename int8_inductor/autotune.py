@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ from .templates.rivals import Rival
 from .templates.tail import Tail
 
 __all__ = ["Kernel", "autotune", "compile_ahead", "is_beaten"]
+
+log = logging.getLogger("int8_inductor")
 
 WARMUP_MS, REPEAT_MS = 2, 10
 """How long each choice runs: long enough for the median of some 100 launches, each behind a cleared L2."""
@@ -187,8 +190,10 @@ def _winner(kernel: Kernel) -> tuple[Any, Any]:
 
 
 def is_beaten(kernel: Kernel, rival: Rival) -> bool:
-    """Whether a library's kernels take less time than the best of `kernel`. One that was not timed, as there is one candidate, is not beaten."""
-    if kernel.ranges or kernel.layout.device.type == "cpu":
+    """Whether a library's kernels take less time than the best of `kernel`, of a static M. One that was not timed, as there is one candidate, is
+    not beaten.
+    """
+    if kernel.problem.static_m is None or kernel.layout.device.type == "cpu":
         return False
     if kernel.kind not in _BEATEN:
         _winner(kernel)
@@ -197,10 +202,14 @@ def is_beaten(kernel: Kernel, rival: Rival) -> bool:
 
 
 def _rival_ms(kernel: Kernel, rival: Rival) -> float:
-    """Milliseconds that a library's kernels take; infinity where it does not take the operands."""
+    """Milliseconds that a library's kernels take; infinity where it does not take the operands, or they do not fit into memory once more."""
     with real_tensors():
-        run = rival(kernel.problem, kernel.inputs[0].get_dtype(), kernel.layout.dtype, kernel.layout.device)
-        return float("inf") if run is None else _clock_recorded(run)
+        try:
+            run = rival(kernel.problem, kernel.inputs[0].get_dtype(), kernel.layout.dtype, kernel.layout.device)
+            return float("inf") if run is None else _clock_recorded(run)
+        except torch.OutOfMemoryError:
+            log.info("%s: no memory to time %s beside the templates", kernel.name, rival.__name__)
+            return float("inf")
 
 
 def compile_ahead(kernels: Iterable[Kernel]) -> None:

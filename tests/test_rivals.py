@@ -20,7 +20,7 @@ from int8_inductor.templates.problem import Problem
 
 gpu = pytest.mark.gpu
 CPU = torch.device("cpu")
-SQUARE = Problem(64, 32, 48, 48, tma=True, a_bytes=1)
+SQUARE = Problem(64, 32, 48, 48, tma=True, a_bytes=1, static_m=64)
 
 
 def test_int_mm_runs_on_operands_that_it_takes() -> None:
@@ -56,7 +56,7 @@ def kernel(**fields: Any) -> Any:
     """What is_beaten asks of a Kernel."""
     box = SimpleNamespace(get_dtype=lambda: torch.int8)
     layout = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
-    given = {"kind": ("a kind",), "ranges": (), "layout": layout, "problem": SQUARE, "inputs": [box]}
+    given = {"name": "a product", "kind": ("a kind",), "layout": layout, "problem": SQUARE, "inputs": [box]}
     return SimpleNamespace(**given | fields)
 
 
@@ -79,9 +79,23 @@ def test_the_faster_by_five_per_cent_is_taken(winner_ms: float | None, rival_ms:
 
     assert [autotune.is_beaten(kernel(), rival) for _ in range(2)] == [want] * 2
     assert len(calls) == (winner_ms is not None and rival_ms is not None)
-    assert not autotune.is_beaten(kernel(ranges=(1, 2), kind="other"), rival)
+    assert not autotune.is_beaten(kernel(problem=dataclasses.replace(SQUARE, static_m=None), kind="other"), rival)
     on_cpu = SimpleNamespace(dtype=torch.bfloat16, device=CPU)
     assert not autotune.is_beaten(kernel(layout=on_cpu, kind="other"), rival)
+
+
+def test_one_that_does_not_fit_into_memory_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("_WINNERS", "_BEATEN"):
+        monkeypatch.setattr(autotune, name, {})
+    monkeypatch.setattr(autotune, "_TIMES", {("a kind",): 1.0})
+    monkeypatch.setattr(autotune, "_winner", lambda kernel: None)
+
+    def too_large(*given: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    with caplog.at_level("INFO", "int8_inductor"):
+        assert not autotune.is_beaten(kernel(), too_large)
+    assert "a product: no memory to time too_large beside the templates" in caplog.text
 
 
 def operands(device: str) -> tuple[Tensor, ...]:
