@@ -34,7 +34,7 @@ demo: $(READY)
 
 # One thread for each worker: with two OpenMP threads each, two workers would wait for one another on two cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

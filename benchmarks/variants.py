@@ -130,6 +130,6 @@ VARIANTS: tuple[Variant, ...] = (
     _ours("static", 2, _ours_static, GRAPHS),
     _ours("smooth-static", 3, _ours_smooth, DEFAULT),
     Variant("pt2e-static", "pt2e", 1, _pt2e_static, DEFAULT, lacks=_pt2e_lacks, freezing=True),
-    Variant("torchao-dynamic-default", "torchao", 1, _torchao_dynamic, DEFAULT, lacks=_torchao_lacks),
+    Variant("torchao-dynamic-default", "torchao", 3, _torchao_dynamic, DEFAULT, lacks=_torchao_lacks),
     Variant("torchao-dynamic-max-autotune", "torchao", 3, _torchao_dynamic, TUNED, lacks=_torchao_lacks),
 )
