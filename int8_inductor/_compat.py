@@ -45,6 +45,7 @@ __all__ = [
     "triton_version",
     "unchain",
     "wait_for_compile_workers",
+    "without_modes",
     "writes_python",
 ]
 
@@ -202,6 +203,13 @@ def real_tensors() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """The same inside whatever traces, too, which sees nothing of it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
 
 
 def _itself(choice: Any) -> Any:

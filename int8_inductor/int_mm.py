@@ -1,7 +1,15 @@
-"""aten._int_mm for any sizes: what KernelPreference.TORCH compiles an exact int8 product to."""
+"""Exact int8 products for any sizes: what KernelPreference.TORCH compiles to. aten._int_mm, or float32 products on a CPU that has no fast one.
+
+oneDNN has kernels for int8 from AVX512 on. Before (AVX2 alone), aten._int_mm takes 36 times as long as a float32 product of the same sizes (4096 x
+1536 x 384 on two cores of an AMD EPYC: 1004 ms, 28 in float32), and the product of u8 and s8 in stock Inductor's INT8 path, which is fast, saturates
+sums of two products at 16 bits: 255 * 127 * 384 comes out as half. float32 holds sums of 1024 products of int8 exactly.
+"""
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["padded_int_mm"]
+from . import reference
+from ._compat import without_modes
+
+__all__ = ["exact_int_mm", "float_int_mm", "in_floats", "is_slow_on_this_cpu", "name_of_product", "padded_int_mm"]
 
 # cuBLASLt's int8 product wants M > 16 and N and K in multiples of 8.
 _INT_MM_MIN_M = 17
@@ -50,3 +61,54 @@ def padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
     else:
         product = torch._int_mm(_row_major(padded_a), _row_major(padded_b).t())
     return product[:m, :n] if rows or columns else product
+
+
+EXACT_DEPTH = 1024
+"""K of products of int8 whose sums float32 holds: 1024 * 128 * 128 = 2^24."""
+
+
+def float_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """int32 [M, N] of int8 a [M, K] times b [N, K] transposed by float32 products, exactly, whatever precision those are allowed: bfloat16 and TF32
+    hold an int8 too, and sums are in float32.
+    """
+    parts = [slice(first, first + EXACT_DEPTH) for first in range(0, a.shape[1], EXACT_DEPTH)]
+    return functools.reduce(torch.add, (reference.small_int_mm(a[:, k], b[:, k]) for k in parts))
+
+
+_ROWS, _SIDE, _TRIES = 64, 256, 5
+"""Sizes of what is timed once a process, and how often: 2 ms where int8 is slow."""
+SLOWER = 1.5
+"""So many times as long as a float32 product, a product of int8 is not worth its fewer bytes."""
+
+
+def _least_seconds(run: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(_TRIES):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@functools.cache
+def is_slow_on_this_cpu() -> bool:
+    """Whether aten._int_mm takes longer than float32 products on this machine: measured, as oneDNN's kernels depend on more than a CPU's name."""
+    with without_modes(), torch.no_grad():
+        a, b = (torch.full((rows, _SIDE), 3, dtype=torch.int8, device="cpu") for rows in (_ROWS, _SIDE))
+        x, y = a.float(), b.float()
+        return _least_seconds(lambda: torch._int_mm(a, b.t())) > SLOWER * _least_seconds(lambda: torch.mm(x, y.t()))
+
+
+def in_floats(device: torch.device) -> bool:
+    """Whether products of int8 on `device` are float32 products."""
+    return device.type == "cpu" and is_slow_on_this_cpu()
+
+
+def exact_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """int32 [M, N] of int8 a [M, K] times b [N, K] transposed, by what is faster on their device."""
+    return float_int_mm(a, b) if in_floats(a.device) else padded_int_mm(a, b)
+
+
+def name_of_product(device: torch.device) -> str:
+    """What `exact_int_mm` runs, for reports."""
+    return "aten.mm in float32, exact, as this CPU has no fast aten._int_mm" if in_floats(device) else "aten._int_mm"

@@ -192,7 +192,7 @@ def _lower_torch(call: _Call) -> Any:
 
     present = {name: box for name, box in given.items() if hasattr(box, "get_dtype")}
     present |= {name: computed_once(present[name]) for name in ("a", "b")}
-    kernel = call.lowering.eager_kernel(call.sizes)
+    kernel = call.lowering.eager_kernel(call.sizes, call.given["a"].get_device())
     if _last_triton(call) is not None:
         kernel += f", chosen for M = {call.sizes.m}"
     record_kernel(V.graph.current_node, kernel, call.tail(dict.fromkeys(call.in_tail, SCALAR)).describe())

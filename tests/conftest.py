@@ -48,3 +48,11 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _a_cpu_with_a_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled does not depend on the machine that tests; test_int_mm.py has the other kind."""
+    from int8_inductor import int_mm
+
+    monkeypatch.setattr(int_mm, "is_slow_on_this_cpu", lambda: False)

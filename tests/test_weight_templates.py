@@ -151,7 +151,7 @@ def test_where_the_weight_is_expanded() -> None:
         expands = LOWERINGS[name].expands
         assert [expands(problem(m, 2), device) for m in (1, EXPANDED_ROWS - 1, EXPANDED_ROWS, 8192)] == [False, False, True, True]
         assert expands(problem(1, 4), device)
-        assert LOWERINGS[name].eager_kernel(problem(8192, 2)) == "aten.mm, the weight expanded to 33554432 bytes"
+        assert LOWERINGS[name].eager_kernel(problem(8192, 2), torch.device("cpu")) == "aten.mm, the weight expanded to 33554432 bytes"
     assert not any(LOWERINGS[name].expands(problem(8192, 1), device) for name in NAMES[3:])
     hopper = dataclasses.replace(device, warpgroups=True)
     expanded = {name: [LOWERINGS[name].expands(problem(m, 2), hopper) for m in (EXPANDED_ROWS, 8192)] for name in NAMES[:3]}

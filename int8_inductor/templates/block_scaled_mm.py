@@ -33,7 +33,7 @@ LOWERING = Lowering(
     BLOCK_SCALED_MM,
     templates=(block_tiled, block_persistent, hopper_blocks.BLOCK_SCALED_MM),
     eager=_eager,
-    eager_kernel=lambda problem: "aten.mm of dequantized blocks",
+    eager_kernel=lambda problem, device: "aten.mm of dequantized blocks",
     loop=("a_scale", "b_scale"),
     groups=_groups,
 )

@@ -1,10 +1,10 @@
-"""How scaled_mm lowers: main loops on int8 operands, everything else in the tail; or around aten._int_mm."""
+"""How scaled_mm lowers: main loops on int8 operands, everything else in the tail; or around the product of int_mm.py."""
 
 from __future__ import annotations
 
 import functools
 
-from ..int_mm import padded_int_mm
+from ..int_mm import exact_int_mm, name_of_product
 from ..products.scaled_mm import SCALED_MM
 from . import hopper_scaled_mm, persistent, tiled, vector
 from .rivals import int_mm
@@ -15,7 +15,7 @@ __all__ = ["LOWERING"]
 LOWERING = Lowering(
     SCALED_MM,
     templates=(tiled, persistent, vector, hopper_scaled_mm),
-    eager=functools.partial(SCALED_MM.eager, int_mm=padded_int_mm),
-    eager_kernel=lambda problem: "aten._int_mm",
+    eager=functools.partial(SCALED_MM.eager, int_mm=exact_int_mm),
+    eager_kernel=lambda problem, device: name_of_product(device),
     rival=int_mm,
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..products import Product
@@ -30,16 +31,16 @@ class Lowering:
     """What lowering.py needs to know of a product.
 
     templates: modules, each a main loop. loop: names of the operands, besides a and b, that the main loops read: whole, in this order, after A and B.
-    The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what eager_kernel(problem) names,
-    compiled for KernelPreference.TORCH, and for AUTO where expands(problem, device) says so. groups(operands): Problem.groups, from the product's
-    operands by name, as Inductor's boxes and numbers. rival: the library's kernels that AUTO times against the templates, and runs where they are
-    faster; see rivals.py.
+    The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what eager_kernel(problem, device)
+    names, compiled for KernelPreference.TORCH, and for AUTO where expands(problem, device) says so. groups(operands): Problem.groups, from the
+    product's operands by name, as Inductor's boxes and numbers. rival: the library's kernels that AUTO times against the templates, and runs where
+    they are faster; see rivals.py.
     """
 
     product: Product
     templates: tuple[Any, ...]
     eager: Callable[..., Tensor]
-    eager_kernel: Callable[[Problem], str]
+    eager_kernel: Callable[[Problem, torch.device], str]
     loop: tuple[str, ...] = ()
     groups: Callable[[Mapping[str, Any]], tuple[int, ...]] = no_groups
     expands: Callable[[Problem, Device], bool] = never

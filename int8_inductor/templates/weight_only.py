@@ -131,7 +131,7 @@ def _int8_expands(problem: Problem, device: Device) -> bool:
     return _expands(problem, device) and not hopper
 
 
-def _memory(problem: Problem) -> str:
+def _memory(problem: Problem, device: torch.device) -> str:
     """The kernel in words, with what the expanded weight takes while it runs."""
     return f"aten.mm, the weight expanded to {problem.n * problem.k * max(2, problem.a_bytes)} bytes"
 
