@@ -91,7 +91,8 @@ class _Call:
     def sizes(self) -> Problem:
         """The product's sizes, of operands that may not be laid out yet."""
         a, ((m, k), n) = self.given["a"], (self.given["a"].get_size(), self.given["b"].get_size()[-2])
-        return Problem(size_hint(m), size_hint(n), size_hint(k), None, False, a_bytes=a.get_dtype().itemsize)
+        static_m = int(m) if isinstance(m, (int, sympy.Integer)) else None
+        return Problem(size_hint(m), size_hint(n), size_hint(k), None, False, a_bytes=a.get_dtype().itemsize, static_m=static_m)
 
     @property
     def in_tail(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from int8_inductor import Int8DynamicActivationInt8WeightConfig, explain, int_mm, ops, quantize_, reference
 from int8_inductor.int_mm import EXACT_DEPTH, float_int_mm
+from int8_inductor.templates import LOWERINGS
+from int8_inductor.templates.problem import Problem
 
 CPU = torch.device("cpu")
 
@@ -66,7 +68,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int_mm, "is_slow_on_this_cpu", lambda: True)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [3, 5, 40])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_compiled_products_are_in_floats(rows: int, activation: str, slow: None) -> None:
     a, b = integers(rows, 24, 1100)
@@ -94,9 +96,23 @@ def test_a_whole_linear_and_what_explain_says(slow: None) -> None:
 
 
 def test_a_gpu_and_a_cpu_with_a_fast_product_run_int_mm() -> None:
-    assert not int_mm.in_floats(CPU)  # as the tests have it
-    assert not int_mm.in_floats(torch.device("cuda"))
-    assert int_mm.name_of_product(CPU) == int_mm.name_of_product(torch.device("cuda")) == "aten._int_mm"
+    assert not int_mm.in_floats(100, CPU)  # as the tests have it
+    assert not int_mm.in_floats(100, torch.device("cuda"))
+    assert int_mm.name_of_product(100, CPU) == int_mm.name_of_product(100, torch.device("cuda")) == "aten._int_mm"
+
+
+@pytest.mark.parametrize(("rows", "floats"), [(1, False), (2, False), (3, True), (None, True)])
+def test_a_row_or_two_run_int_mm(rows: int | None, floats: bool, slow: None) -> None:
+    """None: any number of them."""
+    a, b = integers(rows or 4, 8, 32)
+    if rows is None:
+        torch._dynamo.mark_dynamic(a, 0)
+    one = torch.ones(1)
+    compiled = run(lambda a, b: ops.scaled_mm(a, b, one, one), a, b, cpu_backend="cpp")
+    assert compiled.has("_int_mm(") is not floats
+    problem = Problem(4, 8, 32, 32, tma=False, static_m=rows)
+    assert LOWERINGS["scaled_mm"].eager_kernel(problem, CPU).startswith("aten.mm in float32") is floats
+    assert torch.equal(compiled.output, reference.int_mm(a, b).float())
 
 
 # What is measured -----------------------------------------------------------------------------------------------------------------

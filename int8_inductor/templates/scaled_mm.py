@@ -12,10 +12,12 @@ from .types import Lowering
 
 __all__ = ["LOWERING"]
 
+MANY = 2**31 - 1
+"""What stands for a symbolic M, which is not known to be small."""
 LOWERING = Lowering(
     SCALED_MM,
     templates=(tiled, persistent, vector, hopper_scaled_mm),
     eager=functools.partial(SCALED_MM.eager, int_mm=exact_int_mm),
-    eager_kernel=lambda problem, device: name_of_product(device),
+    eager_kernel=lambda problem, device: name_of_product(MANY if problem.static_m is None else problem.static_m, device),
     rival=int_mm,
 )
