@@ -25,7 +25,6 @@ __all__ = [
     "SUPPORTED_TORCH",
     "CompileError",
     "as_pass_list",
-    "can_launch_dependents",
     "check_torch_version",
     "compile_region",
     "custom_pass_slot",
@@ -34,7 +33,6 @@ __all__ = [
     "has_triton_package",
     "hints",
     "launched_as_dependents",
-    "launches_dependents",
     "real_tensors",
     "run_apart",
     "run_of",
@@ -239,19 +237,6 @@ def writes_python() -> bool:
     from torch._inductor.virtualized import V
 
     return not V.graph.cpp_wrapper and not V.graph.fx_wrapper
-
-
-def launches_dependents(device: torch.device) -> bool:
-    """Whether Triton kernels for `device` are launched before the ones that they follow have ended: Inductor's triton.enable_pdl, off by default."""
-    from torch._inductor import config
-    from torch._inductor.virtualized import V
-
-    return bool(config.triton.enable_pdl) and can_launch_dependents(device) and not V.graph.cpp_wrapper
-
-
-def can_launch_dependents(device: torch.device) -> bool:
-    """Whether such launches exist there: Hopper and on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @contextmanager

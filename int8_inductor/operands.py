@@ -13,8 +13,9 @@ from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.virtualized import V
 
 from . import ops
-from ._compat import launches_dependents, size_hint, writes_python
+from ._compat import size_hint, writes_python
 from .gluon.program import CAPABILITY
+from .launching import launches_dependents
 from .templates.problem import INTERPRETER, Device, Problem
 from .templates.tail import COLUMN, CONSTANT, ROW, ROW_OPERANDS, SCALAR, Indexing
 

@@ -120,12 +120,42 @@ def test_where_kernels_are_launched_so(capability: tuple[int, int], graphs: bool
     device = torch.device("cuda", 0)
     with (
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(launching, "cuda_of_the_driver", return_value=13000),
         inductor_config.patch({"triton.cudagraphs": graphs, "cpp_wrapper": cpp}),
         launching.launches({device}),
     ):
         assert inductor_config.triton.enable_pdl is want
     with inductor_config.patch({"triton.cudagraphs": True}), launching.launches({torch.device("cpu")}):
         assert not inductor_config.triton.enable_pdl
+
+
+@pytest.mark.parametrize(("driver", "want"), [(12020, False), (12030, True), (13000, True)])
+def test_older_drivers_have_no_such_graphs(driver: int, want: bool) -> None:
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(launching, "cuda_of_the_driver", return_value=driver),
+    ):
+        assert launching.can_launch_dependents(torch.device("cuda", 0)) is want
+
+
+def test_the_driver_is_asked_by_its_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def __init__(self, name: str) -> None:
+            assert name in ("libcuda.so.1", "nvcuda.dll")
+
+        def cuDriverGetVersion(self, version: Any) -> int:
+            version._obj.value = 12040
+            return 0
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    assert launching.cuda_of_the_driver.__wrapped__() == 12040
+    monkeypatch.setattr("ctypes.CDLL", mock.Mock(side_effect=OSError))
+    assert launching.cuda_of_the_driver.__wrapped__() == 0
+
+
+@gpu
+def test_this_driver_has_them() -> None:
+    assert launching.cuda_of_the_driver() >= 11000
 
 
 class Block(nn.Module):

@@ -95,7 +95,7 @@ def _grouped() -> None:
     module.template, module.constants = template, constants
     module.candidates = lambda problem, *args, **kwargs: list(problem.groups)
     LOWERINGS["grouped_mm"] = Lowering(
-        GROUPED, (module,), eager, lambda problem: "aten.mm", loop=("b_scale",), groups=lambda operands: (operands["group_size"],)
+        GROUPED, (module,), eager, lambda problem, device: "aten.mm", loop=("b_scale",), groups=lambda operands: (operands["group_size"],)
     )
     ops.define(GROUPED)
     lowering.register(GROUPED)
