@@ -243,7 +243,7 @@ def writes_python() -> bool:
 def launched_as_dependents() -> Iterator[None]:
     """Inside the block Inductor writes kernels that may start before the ones that they follow have ended; each waits for those as its first step.
 
-    Inductor itself (2.11 to 2.13) has a kernel wait where it first touches what the one right before it wrote, and has one that reads nothing not
+    Inductor itself (2.11 to 2.15) has a kernel wait where it first touches what the one right before it wrote, and has one that reads nothing not
     wait at all: what comes after such a one may start before what it reads was written.
     """
     from torch._inductor import config

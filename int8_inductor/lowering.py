@@ -28,7 +28,7 @@ from .either import either
 from .explain import record_kernel, recorded
 from .gluon.template import workspace_of
 from .kernels import KernelPreference, parse, resolve
-from .operands import argument, as_operand, computed_once, device_of, has_ptx, is_thorough, problem_of, with_known_strides
+from .operands import argument, as_operand, computed_once, device_of, has_ptx, is_thorough, problem_of, static_size, with_known_strides
 from .products import PRODUCTS, Product
 from .ranges import described, has_ranges, last_without, ranges_of
 from .templates import LOWERINGS, Lowering
@@ -91,8 +91,7 @@ class _Call:
     def sizes(self) -> Problem:
         """The product's sizes, of operands that may not be laid out yet."""
         a, ((m, k), n) = self.given["a"], (self.given["a"].get_size(), self.given["b"].get_size()[-2])
-        static_m = int(m) if isinstance(m, (int, sympy.Integer)) else None
-        return Problem(size_hint(m), size_hint(n), size_hint(k), None, False, a_bytes=a.get_dtype().itemsize, static_m=static_m)
+        return Problem(size_hint(m), size_hint(n), size_hint(k), None, False, a_bytes=a.get_dtype().itemsize, static_m=static_size(m))
 
     @property
     def in_tail(self) -> dict[str, Any]:

@@ -19,7 +19,18 @@ from .launching import launches_dependents
 from .templates.problem import INTERPRETER, Device, Problem
 from .templates.tail import COLUMN, CONSTANT, ROW, ROW_OPERANDS, SCALAR, Indexing
 
-__all__ = ["argument", "as_operand", "computed_once", "device_of", "fits_tma", "has_ptx", "is_thorough", "problem_of", "with_known_strides"]
+__all__ = [
+    "argument",
+    "as_operand",
+    "computed_once",
+    "device_of",
+    "fits_tma",
+    "has_ptx",
+    "is_thorough",
+    "problem_of",
+    "static_size",
+    "with_known_strides",
+]
 
 aten = torch.ops.aten
 
@@ -74,7 +85,7 @@ def device_of(device: torch.device, m: Any) -> Device:
         int(properties.shared_memory_per_block_optin),
         int(properties.multi_processor_count),
         tma=properties.major >= 9 and python_launches,
-        warpgroups=(properties.major, properties.minor) == CAPABILITY and writes_python() and _static(m) is not None,
+        warpgroups=(properties.major, properties.minor) == CAPABILITY and writes_python() and static_size(m) is not None,
         dependent=launches_dependents(device),
     )
 
@@ -95,7 +106,7 @@ def fits_tma(matrix: Any) -> bool:
     return multiples and rows_apart and aligned and is_one(step)
 
 
-def _static(size: Any) -> int | None:
+def static_size(size: Any) -> int | None:
     """A size that is known at compile time, or None."""
     return int(size) if isinstance(size, (int, sympy.Integer)) else None
 
@@ -108,13 +119,13 @@ def problem_of(a: Any, *weights: Any, groups: tuple[int, ...] = ()) -> Problem:
         size_hint(m),
         sum(rows),
         size_hint(k),
-        static_k=_static(k),
+        static_k=static_size(k),
         tma=all(map(fits_tma, (a, *weights))),
         one_row=is_one(m),
         groups=groups,
         a_bytes=a.get_dtype().itemsize,
         side_by_side=tuple(rows) if len(rows) > 1 else (),
-        static_m=_static(m),
+        static_m=static_size(m),
     )
 
 
