@@ -131,5 +131,6 @@ VARIANTS: tuple[Variant, ...] = (
     _ours("smooth-static", 3, _ours_smooth, DEFAULT),
     Variant("pt2e-static", "pt2e", 1, _pt2e_static, DEFAULT, lacks=_pt2e_lacks, freezing=True),
     Variant("torchao-dynamic-default", "torchao", 3, _torchao_dynamic, DEFAULT, lacks=_torchao_lacks),
-    Variant("torchao-dynamic-max-autotune", "torchao", 3, _torchao_dynamic, TUNED, lacks=_torchao_lacks),
+    Variant("torchao-dynamic-reduce-overhead", "torchao", 3, _torchao_dynamic, GRAPHS, lacks=_torchao_lacks),
+    Variant("torchao-dynamic-max-autotune", "torchao", 4, _torchao_dynamic, TUNED, lacks=_torchao_lacks),
 )
