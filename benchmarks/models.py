@@ -45,7 +45,8 @@ def progress(row: dict[str, Any], budget: Budget) -> None:
     compiled = "eager" if row["compile_s"] is None else f"compiled in {row['compile_s']:.1f} s"
     linears = "" if row["linears"] is None else f", {row['linears']['rewritten']} of {row['linears']['present']} linears rewritten"
     if "second" in row:
-        compiled += f", in a second process in {row['second']['compile_s']:.1f} s, {sum(row['second']['tuned'].values())} tunings"
+        tuned = ", ".join(f"{count} {name}" for name, count in row["second"]["tuned"].items())
+        compiled += f", in a second process in {row['second']['compile_s']:.1f} s, tuned again: {tuned}"
     say(f"[{budget.elapsed:5.0f} s] {row['label']}: {row['ms']:.3f} ms (again {row['ms_again']:.3f}), {compiled}{linears}")
 
 
@@ -56,10 +57,12 @@ class Run:
         self.device, self.warm_modes, self.again = device, warm_modes, again
         self._models: dict[str, nn.Module] = {}
         self._settings: dict[str, Setting] = {}
+        self._first: dict[str, str] = {}
 
     def setting(self, workload: Workload) -> Setting:
         if workload.model not in self._models:
             self._models[workload.model] = workload.make(self.device, common.float_dtype(self.device))
+        self._first.setdefault(workload.model, workload.name)
         if workload.name not in self._settings:
             self._settings[workload.name] = setting_of(workload, self._models[workload.model], self.device)
         return self._settings[workload.name]
@@ -81,7 +84,8 @@ class Run:
         try:
             with compile_cache(directory):
                 row |= measure(self.setting(workload), variant)
-                return row | (self._second(workload, variant) if row["status"] == OK and variant.name in self.again else {})
+                again = variant.name in self.again and self._first[workload.model] == workload.name
+                return row | (self._second(workload, variant) if row["status"] == OK and again else {})
         except common.peer_errors() as error:
             # An illegal access spoils every later launch: then this raises, and the run ends here with what it has.
             synchronize(self.device)
@@ -122,7 +126,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warm-modes", action="store_true",
                         help="modes of a variant share compile caches: all its compile times but the first are warm")  # fmt: skip
     parser.add_argument("--second-process", metavar="VARIANTS",
-                        help="comma-separated: variants compiled once more in a fresh process with the caches that the first has left")  # fmt: skip
+                        help="comma-separated: variants compiled once more in a fresh process with the caches that the first has left, on the first "
+                        "workload of each model")  # fmt: skip
     common.add_arguments(parser, seconds=240)
     return parser.parse_args(argv)
 

@@ -26,7 +26,7 @@ from .ahead import KERNELS, compile_all_ahead
 from .autotune import Kernel, autotune, is_beaten
 from .either import either
 from .explain import record_kernel, recorded
-from .gluon.template import workspace_of
+from .gluon.template import memory_in_words
 from .kernels import KernelPreference, parse, resolve
 from .operands import argument, as_operand, computed_once, device_of, has_ptx, is_thorough, problem_of, static_size, with_known_strides
 from .products import PRODUCTS, Product
@@ -168,8 +168,7 @@ def _lower_triton(call: _Call) -> Any:
     if scales is None and _is_beaten(call, kernel):
         return _lower_torch(call)
     result, lasts = autotune(kernel)
-    unpacked = f", the weight unpacked to {workspace} bytes" if (workspace := workspace_of(result)) else ""
-    record_kernel(V.graph.current_node, in_words(kernel, lasts, call.last) + unpacked, kernel.tail.describe())
+    record_kernel(V.graph.current_node, in_words(kernel, lasts, call.last) + memory_in_words(result), kernel.tail.describe())
     return result if scales is None else (result, scales)
 
 

@@ -29,6 +29,11 @@ FAST = dataclasses.replace(Tail.of({"a_scale": ROW, "b_scale": COLUMN}), fast=Tr
 LONGEST = dataclasses.replace(FAST, bias=COLUMN, activation="gelu", out_scale=SCALAR, out_zero_point=CONSTANT)
 SIDE_BY_SIDE = dataclasses.replace(FAST, b_scale=OF_EACH_WEIGHT, bias=OF_EACH_WEIGHT, activations=("silu", "none", "gelu_tanh"))
 M, N, K = 4096, 1024, 4096
+WEIGHT_CONFIGS = (
+    *hopper_weights.TILES,
+    dataclasses.replace(hopper_weights.TILES[0], splits=4),
+    dataclasses.replace(hopper_weights.TILES[-1], splits=2),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Job:
         """The kernel's text and its launch. more: constants besides the config's."""
         count = self.tail.weights.count
         groups = (128,) if self.template in (hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.INT8_INT4_MM) else ()
-        problem = Problem(M, N * count, self.k, self.k, tma=True, groups=groups, a_bytes=self.dtype.itemsize)
+        problem = Problem(M, N * count, self.k, self.k, tma=True, groups=groups, a_bytes=self.dtype.itemsize, static_m=M)
         assert self.template.is_legal(self.config, problem, H200, self.tail), self
         template = self.template.template(self.tail)
         boxes = [_box(name, self) for name in template.names]
@@ -80,7 +85,7 @@ JOBS = [
     *(Job(hopper_blocks.BLOCK_SCALED_MM, config, dataclasses.replace(LONGEST, a_scale=None, b_scale=None)) for config in hopper_blocks.CONFIGS),
     Job(hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None, b_scale=None), k=K - 128),
     *(Job(hopper_blocks.INT8_INT4_MM, config, dataclasses.replace(LONGEST, b_scale=None)) for config in hopper_blocks.CONFIGS),
-    *(Job(hopper_weights, config, dataclasses.replace(LONGEST, a_scale=None), torch.bfloat16) for config in hopper_weights.CONFIGS),
+    *(Job(hopper_weights, config, dataclasses.replace(LONGEST, a_scale=None), torch.bfloat16) for config in WEIGHT_CONFIGS),
     Job(hopper_weights, hopper_weights.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None), torch.float16),
 ]
 
@@ -88,7 +93,7 @@ JOBS = [
 @dataclass(frozen=True)
 class Code:
     """mma: its instructions, as PTX names them. waits: how many products may be in flight after each wait, as they stand. serialized: whether the
-    assembler says that it made products wait for one another.
+    assembler says that it made products wait for one another. registers, stack: of a split product's two kernels the most, and both.
     """
 
     shared: int
@@ -116,16 +121,19 @@ def _measure(source: str, launch: str, folder: str) -> Code:
 
     from int8_inductor.gluon import program
 
-    compiled = program.compile_program(source, launch)
-    ptx, tools = compiled.asm["ptx"], Path(triton.backends.nvidia.__file__).parent / "bin"
-    file = Path(folder, "kernel.ptx")
-    file.write_text(ptx)
-    command = [str(tools / "ptxas"), "-arch=sm_90a", "-v", str(file), "-o", str(file.with_suffix(".cubin"))]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    (registers,), (stack,) = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes stack frame", said)
-    mma = sorted(set(re.findall(r"\bwgmma\.mma_async[\w.]*", ptx)))
-    waits = [int(each) for each in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)]
-    return Code(compiled.metadata.shared, int(registers), int(stack), mma, waits, "serialized" in said)
+    tools, file = Path(triton.backends.nvidia.__file__).parent / "bin", Path(folder, "kernel.ptx")
+    kernels, registers, stack, said = program.compile_program(source, launch), 0, 0, ""
+    for kernel in kernels:
+        file.write_text(kernel.asm["ptx"])
+        command = [str(tools / "ptxas"), "-arch=sm_90a", "-v", str(file), "-o", str(file.with_suffix(".cubin"))]
+        about = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = max(registers, *map(int, re.findall(r"Used (\d+) registers", about)))
+        stack += sum(map(int, re.findall(r"(\d+) bytes stack frame", about)))
+        said += about
+    main = kernels[0]
+    mma = sorted(set(re.findall(r"\bwgmma\.mma_async[\w.]*", main.asm["ptx"])))
+    waits = [int(each) for each in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", main.asm["ptx"])]
+    return Code(main.metadata.shared, registers, stack, mma, waits, "serialized" in said)
 
 
 def main(inputs: str, outputs: str) -> None:

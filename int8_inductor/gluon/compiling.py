@@ -7,8 +7,8 @@ from typing import Any
 __all__ = ["compile_kernel"]
 
 
-def compile_kernel(source: str, signature: dict[str, str], aligned: dict[int, int], capability: int, options: dict[str, Any]) -> Any:
-    """The function `kernel` of the module `source`, compiled for that compute capability (90 for 9.0), on any machine; found in Triton's cache.
+def compile_kernel(source: str, name: str, signature: dict[str, str], aligned: dict[int, int], capability: int, options: dict[str, Any]) -> Any:
+    """The function `name` of the module `source`, compiled for that compute capability (90 for 9.0), on any machine; found in Triton's cache.
 
     signature: Triton's types of the arguments. aligned: argument -> a divisor of its value. options: Triton's.
     """
@@ -17,7 +17,7 @@ def compile_kernel(source: str, signature: dict[str, str], aligned: dict[int, in
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    kernel = PyCodeCache.load(source).kernel
+    kernel = getattr(PyCodeCache.load(source), name)
     types = dict(zip(kernel.arg_names, signature.values(), strict=True))
     attrs = {(index,): [["tt.divisibility", divisor]] for index, divisor in aligned.items()}
     return triton.compile(GluonASTSource(kernel, types, {}, attrs), target=GPUTarget("cuda", capability, 32), options=options)

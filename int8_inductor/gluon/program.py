@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import json
+import math
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = ["CAPABILITY", "Box", "Launch", "compile_program", "run", "start_compi
 CAPABILITY = (9, 0)
 """The compute capability that has wgmma."""
 ALIGNMENT = 16
+KERNEL, FINISH = "kernel", "finish"
+"""The kernels of a module; the second adds up what the first has left of a split product."""
 TRITON_NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
     torch.int64: "i64",
@@ -56,9 +59,10 @@ class Launch:
     """How a kernel is launched. Its arguments are a descriptor for each of `boxes`, the other tensors, the result, and M.
 
     arguments: dtypes of the other tensors and of the result, by torch's names. tile: rows and columns of the result that a program takes at a time.
-    columns: of the result. programs: how many share a multiprocessor. max_registers: a thread's, or None for what fits. workspace: bytes that the
-    second operand, packed int4, is unpacked to before; 0 where it is not. dependent: whether it is launched before the kernel
-    that it follows has ended.
+    columns: of the result. programs: how many share a multiprocessor. max_registers: a thread's, or None for what fits. unpacked: bytes that the
+    second operand, packed int4, is unpacked to before; 0 where it is not. dependent: whether it is launched before the kernel that it follows has
+    ended. splits: parts of K, each of which has sums of its own in float32; with more than one the kernel `finish` adds them up, `last_tile` of the
+    result at a time.
     """
 
     boxes: tuple[Box, ...]
@@ -67,8 +71,14 @@ class Launch:
     columns: int
     programs: int
     max_registers: int | None = None
-    workspace: int = 0
+    unpacked: int = 0
     dependent: bool = False
+    splits: int = 1
+    last_tile: tuple[int, int] = (1, 1)
+
+    def sums(self, rows: int) -> int:
+        """Elements of the sums of all parts of K, whole tiles of them, for a result of so many rows."""
+        return self.splits * math.prod(-(-size // side) * side for size, side in zip((rows, self.columns), self.tile, strict=True))
 
     def to_json(self) -> str:
         """As a constant in generated code."""
@@ -80,41 +90,55 @@ class Launch:
         """What `to_json` wrote."""
         fields = json.loads(text)
         boxes = tuple(Box(**each) for each in fields.pop("boxes"))
-        return cls(boxes=boxes, arguments=tuple(fields.pop("arguments")), tile=tuple(fields.pop("tile")), **fields)
+        fields |= {name: tuple(fields[name]) for name in ("arguments", "tile", "last_tile")}
+        return cls(boxes=boxes, **fields)
 
 
-def _arguments(source: str, launch: str) -> tuple[Any, ...]:
-    """Those of compile_kernel. Only the result, which Inductor allocates, is promised to begin at a multiple of 16 bytes."""
+def _arguments(source: str, launch: str, name: str) -> tuple[Any, ...]:
+    """Those of compile_kernel. Only what is allocated for it, the result and sums, is promised to begin at a multiple of 16 bytes."""
     how = Launch.from_json(launch)
-    types = [f"tensordesc<{TRITON_NAMES[box.element]}[{box.rows}, {box.columns}],{box.layout()!r}>" for box in how.boxes]
-    types += [f"*{TRITON_NAMES[getattr(torch, dtype)]}" for dtype in how.arguments]
-    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": how.dependent} | ({} if how.max_registers is None else {"maxnreg": how.max_registers})
+    boxes = [f"tensordesc<{TRITON_NAMES[box.element]}[{box.rows}, {box.columns}],{box.layout()!r}>" for box in how.boxes]
+    others = [f"*{TRITON_NAMES[getattr(torch, dtype)]}" for dtype in how.arguments]
+    sums = "*fp32"
+    if name == FINISH:
+        types, allocated = [sums, *others], [0, len(others)]
+    else:
+        types = [*boxes, *others[:-1], others[-1] if how.splits == 1 else sums]
+        allocated = [len(types) - 1]
+    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": how.dependent}
+    if name == KERNEL and how.max_registers is not None:
+        options["maxnreg"] = how.max_registers
     signature = {str(index): each for index, each in enumerate([*types, "i32"])}
-    return source, signature, {len(types) - 1: ALIGNMENT}, 10 * CAPABILITY[0] + CAPABILITY[1], options
+    return source, name, signature, dict.fromkeys(allocated, ALIGNMENT), 10 * CAPABILITY[0] + CAPABILITY[1], options
 
 
-def compile_program(source: str, launch: str) -> Any:
-    """Compile a kernel, on any machine."""
-    return compiling.compile_kernel(*_arguments(source, launch))
+def _names(launch: str) -> tuple[str, ...]:
+    """The kernels of a launch, in their order."""
+    return (KERNEL,) if Launch.from_json(launch).splits == 1 else (KERNEL, FINISH)
 
 
-_UNDER_WAY: dict[tuple[str, str], Future[None]] = {}
+def compile_program(source: str, launch: str) -> list[Any]:
+    """Compile the kernels of a launch, on any machine."""
+    return [compiling.compile_kernel(*_arguments(source, launch, name)) for name in _names(launch)]
+
+
+_UNDER_WAY: dict[tuple[str, str], list[Future[None]]] = {}
 """What compile workers were given and nobody has asked for yet."""
 
 
 def start_compiling(device: torch.device, source: str, launch: str) -> None:
     """Hand a kernel to Inductor's compile workers, where there are any."""
     if (source, launch) not in _UNDER_WAY:
-        future = submit_to_compile_workers(inspect.getsource(compiling), f"compile_kernel{_arguments(source, launch)!r}", device)
-        if future is not None:
-            _UNDER_WAY[source, launch] = future
+        calls = [f"compile_kernel{_arguments(source, launch, name)!r}" for name in _names(launch)]
+        futures = [submit_to_compile_workers(inspect.getsource(compiling), call, device) for call in calls]
+        _UNDER_WAY[source, launch] = [future for future in futures if future is not None]
 
 
 @functools.cache
-def _compiled(source: str, launch: str, device: torch.device) -> tuple[Any, Launch, int]:
-    """The kernel, loaded on `device`; its launch; how many multiprocessors there are."""
+def _compiled(source: str, launch: str, device: torch.device) -> tuple[list[Any], Launch, int]:
+    """The kernels, loaded on `device`; their launch; how many multiprocessors there are."""
     share_triton_cache(device)
-    if (under_way := _UNDER_WAY.pop((source, launch), None)) is not None:
+    for under_way in _UNDER_WAY.pop((source, launch), ()):
         under_way.result()
     properties: Any = torch.cuda.get_device_properties(device)
     return compile_program(source, launch), Launch.from_json(launch), int(properties.multi_processor_count)
@@ -140,14 +164,21 @@ def run(*operands: Tensor, source: str, launch: str, out: Tensor) -> Tensor:
         return out
     if out.data_ptr() % ALIGNMENT:
         raise ValueError(f"out must begin at a multiple of {ALIGNMENT} bytes, got address {out.data_ptr():#x}")
-    compiled, how, multiprocessors = _compiled(source, launch, out.device)
+    (main, *finish), how, multiprocessors = _compiled(source, launch, out.device)
     m, count = out.shape[0], len(how.boxes)
-    tiles = -(-m // how.tile[0]) * -(-how.columns // how.tile[1])
+    programs = how.programs * multiprocessors
     with torch.cuda.device(out.device) if out.device.index != torch.cuda.current_device() else contextlib.nullcontext():
-        if how.workspace:
+        if how.unpacked:
             from ..expand_int4 import expand_int4
 
             operands = (operands[0], expand_int4(operands[1]), *operands[2:])
         descriptors = [_descriptor(*pair) for pair in zip(operands[:count], how.boxes, strict=True)]
-        compiled[(min(tiles, how.programs * multiprocessors), 1, 1)](*descriptors, *operands[count:], out, m)
+        into = torch.empty(how.sums(m), dtype=torch.float32, device=out.device) if finish else out
+        main[(min(how.splits * _tiles(m, how.columns, how.tile), programs), 1, 1)](*descriptors, *operands[count:], into, m)
+        for kernel in finish:
+            kernel[(_tiles(m, how.columns, how.last_tile), 1, 1)](into, *operands[count:], out, m)
     return out
+
+
+def _tiles(rows: int, columns: int, tile: tuple[int, int]) -> int:
+    return -(-rows // tile[0]) * -(-columns // tile[1])

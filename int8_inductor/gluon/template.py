@@ -13,7 +13,7 @@ from torch._inductor.select_algorithm import ExternKernelChoice
 from . import program
 from .program import Launch
 
-__all__ = ["GluonTemplate", "is_gluon", "swapped", "workspace_of"]
+__all__ = ["GluonTemplate", "is_gluon", "memory_in_words", "swapped"]
 
 _RUN = ExternKernelChoice(program.run, name="int8_inductor_gluon")
 """`extern_kernels.int8_inductor_gluon`, as generated code calls it; registered wherever this package's lowerings are."""
@@ -24,10 +24,15 @@ def is_gluon(choice: Any) -> bool:
     return getattr(choice, "choice", None) is _RUN
 
 
-def workspace_of(box: Any) -> int:
-    """Bytes of memory that the kernel of a result takes while it runs, where it is one of these."""
+def memory_in_words(box: Any) -> str:
+    """What memory the kernel of a result takes while it runs, where it is one of these and takes any: words that follow the kernel's."""
     buffer = box.data.data
-    return Launch.from_json(buffer.kwargs["launch"]).workspace if getattr(buffer, "python_kernel_name", None) == _RUN.call_name() else 0
+    if getattr(buffer, "python_kernel_name", None) != _RUN.call_name():
+        return ""
+    how = Launch.from_json(buffer.kwargs["launch"])
+    if how.splits > 1:
+        return f", K in {how.splits} parts with {4 * how.sums(int(buffer.get_size()[0]))} bytes of sums"
+    return f", the weight unpacked to {how.unpacked} bytes" if how.unpacked else ""
 
 
 def swapped(statements: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..gluon.program import Box, Launch
 from ..gluon.template import GluonTemplate, swapped
-from .hopper_text import MODULE, STORE, STORE_TRANSPOSED
+from .hopper_text import DEPENDENT_LAUNCH, MODULE, STORE, STORE_TRANSPOSED
 from .problem import Device, Problem, tiles
 from .tail import Tail, indented
 from .weights import expanded
@@ -25,7 +25,8 @@ __all__ = ["HopperConfig", "Loop", "hopper_template", "is_legal", "launch_consta
 @dataclass(frozen=True)
 class HopperConfig:
     """Rows of a part of a tile, parts, rows of the right operand, pipeline stages, programs that share a multiprocessor, tile rows that share a run
-    through the right operand (for L2).
+    through the right operand (for L2), splits of K, whose sums a second kernel adds up, the most steps of a trip through the loop, and whether parts
+    take turns with the tensor cores.
     """
 
     rows: int
@@ -34,6 +35,9 @@ class HopperConfig:
     stages: int
     programs: int = 1
     group: int = 8
+    splits: int = 1
+    steps: int = 8
+    turns: bool = False
 
     @property
     def max_registers(self) -> int | None:
@@ -46,8 +50,8 @@ class HopperConfig:
 class Loop:
     """A main loop. name: of its kernels. text: Gluon statements, from the place of a tile to `dot` [ROWS, COLUMNS], int32 or float32, in layout L.
 
-    left, right: boxes of one step, of 0 rows; their rows are the config's, and an activation's dtype its own. k: of a step. steps: of a trip of the
-    loop, whose trips are whole.
+    left, right: boxes of one step, of 0 rows; their rows are the config's, and an activation's dtype its own. k: of a step. steps: how many a trip of
+    the loop may have, the best first; trips are whole.
     transposed: whether the weight is the left operand, so that the tile lies transposed. operands: that the loop reads besides a and b.
     functions: of its own. instruction_k: K of one tensor-core instruction. unpack: whether the weight is int4, unpacked in memory.
     """
@@ -58,7 +62,7 @@ class Loop:
     right: Box
     k: int
     instruction_k: int = 32
-    steps: int = 1
+    steps: tuple[int, ...] = (1,)
     transposed: bool = False
     operands: tuple[str, ...] = ()
     functions: str = ""
@@ -77,6 +81,8 @@ class Loop:
 
 WIDEST = 2
 """Bytes of the widest element that is stored."""
+WIDTH = 32
+"""Rows of the right operand that a program of the second kernel of a split product takes."""
 RESERVED = 1024
 """Bytes of shared memory that every block takes for itself."""
 
@@ -89,6 +95,8 @@ def is_legal(loop: Loop, config: HopperConfig, problem: Problem, device: Device,
     """
     fits = config.programs * (loop.shared_memory(config) + RESERVED) <= device.shared_memory + RESERVED
     whole = all(rows % config.columns == 0 for rows in problem.side_by_side)
+    if config.splits > 1 and (loop.operands or problem.side_by_side or problem.static_m is None):
+        return False
     plain = tail.fast and tail.block_size is None and not tail.loop_lines()
     return fits and whole and plain and device.warpgroups and problem.tma and problem.static_k is not None
 
@@ -124,11 +132,11 @@ def _source(loop: Loop, tail: Tail) -> str:
     pick = [line.replace("pid_n * BLOCK_N", "first_right") for line in weights.pick(["b_tiles"])]
     pick_vectors = [line.replace("pid_n * BLOCK_N", "first_right") for line in weights.pick(tail.of_each_weight())]
     local = weights.local_columns
+    store = STORE_TRANSPOSED if loop.transposed else STORE
     local_tile = [] if weights.count == 1 else ["first_right -= first_column"]
     left, right = ("b_tiles", "a_tiles") if loop.transposed else ("a_tiles", "b_tiles")
     parts = {
         "ALL_ROWS": weights.rows,
-        "STEPS_A_TRIP": str(loop.steps),
         "LEFT_COLUMNS": str(loop.left.columns),
         "RIGHT_COLUMNS": str(loop.right.columns),
         "INSTRUCTION_K": str(loop.instruction_k),
@@ -148,7 +156,9 @@ def _source(loop: Loop, tail: Tail) -> str:
         "POINTERS": "".join(f"{each}, " for each in vectors),
         "LOOP": indented(loop.text.splitlines(), 8),
         "TAIL": indented(_tail_statements(tail, loop.transposed), 8),
-        "STORE": indented((STORE_TRANSPOSED if loop.transposed else STORE).splitlines(), 8),
+        "STORE": indented(store.splitlines(), 8),
+        "FINISHED": indented(store.replace("COLUMNS", "WIDTH").splitlines(), 8),
+        "DEPENDENT_LAUNCH": DEPENDENT_LAUNCH,
     }
     return re.sub(rf"\b(?:{'|'.join(parts)})\b", lambda match: parts[match.group()], MODULE)
 
@@ -157,8 +167,9 @@ def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
     """The template of a main loop with that tail."""
 
     def launch(operands: Any, layout: Any, constants: dict[str, Any]) -> Launch:
-        high, wide = constants["ROWS"] * constants["PARTS"], constants["COLUMNS"]
-        a_box, b_box = replace(loop.left, rows=constants["ROWS"]), replace(loop.right, rows=wide)
+        rows, splits = constants["ROWS"], constants["SPLITS"]
+        high, wide = rows * constants["PARTS"], constants["COLUMNS"]
+        a_box, b_box = replace(loop.left, rows=rows), replace(loop.right, rows=wide)
         if loop.transposed:
             a_box, b_box = b_box, a_box
         a_box = replace(a_box, dtype=_torch_name(operands[0].get_dtype()))
@@ -167,10 +178,12 @@ def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
             boxes=(a_box, *[b_box] * tail.weights.count),
             arguments=tuple(map(_torch_name, (*(box.get_dtype() for box in others), layout.dtype))),
             tile=(wide, high) if loop.transposed else (high, wide),
+            splits=splits,
+            last_tile=(WIDTH, rows) if loop.transposed else (rows, WIDTH),
             columns=int(layout.size[1]),
             programs=constants["PROGRAMS"],
             max_registers=constants["MAX_REGISTERS"],
-            workspace=int(layout.size[1]) * int(operands[0].get_size()[1]) if loop.unpack else 0,
+            unpacked=int(layout.size[1]) * int(operands[0].get_size()[1]) if loop.unpack else 0,
             dependent="DEPENDENT" in constants,
         )
 
@@ -180,6 +193,8 @@ def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
 def launch_constants(loop: Loop, config: HopperConfig, problem: Problem) -> dict[str, Any]:
     """A config as the constants of a kernel."""
     assert problem.static_k is not None
+    needed = -(-problem.static_k // (loop.k * config.splits))
+    steps = min((each for each in loop.steps if each <= config.steps), key=lambda each: -needed % each)
     return {
         "ROWS": config.rows,
         "PARTS": config.parts,
@@ -188,7 +203,10 @@ def launch_constants(loop: Loop, config: HopperConfig, problem: Problem) -> dict
         "GROUP": config.group,
         "PROGRAMS": config.programs,
         "MAX_REGISTERS": config.max_registers,
-        "TRIPS": -(-problem.static_k // (loop.k * loop.steps)),
+        "STEPS": steps,
+        "TRIPS": -(-needed // steps),
+        "SPLITS": config.splits,
+        "WIDTH": WIDTH,
         "BYTES": loop.stage_bytes(config),
         "INSTRUCTION_N": min(config.columns, 128 if loop.instruction_k == 32 else 256),
-    }
+    } | ({"TURNS": True} if config.turns else {})

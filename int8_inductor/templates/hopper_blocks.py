@@ -36,6 +36,9 @@ zero = tl.zeros((ROWS, COLUMNS), tl.int32, L)
 {first}
 for block in range(0, 2 * TRIPS, 2):
     mbarrier.wait(ready.index(stage), phase)
+    {{% if TURNS is defined %}}
+    mbarrier.wait(turns.index(PART), turn)
+    {{% endif %}}
     even = warpgroup_mma(
         left_boxes.index(stage * PARTS + PART), right_boxes.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
     )
@@ -48,6 +51,10 @@ for block in range(0, 2 * TRIPS, 2):
     ahead = min(block + 1, LAST)
 {odd}
     even = warpgroup_mma_wait(1, deps=[even])
+    {{% if TURNS is defined %}}
+    mbarrier.arrive(turns.index(1 - PART), count=1)
+    turn ^= 1
+    {{% endif %}}
     mbarrier.arrive(free.index(even_stage), count=1)
     scale = {even_scale}
     ahead = min(block + 2, LAST)
@@ -91,7 +98,7 @@ _INT4_TEXT = _text(
     ['b_scales = B_SCALE + rbn * {{stride("B_SCALE", 0)}}'], {"b_scale": 'b_scales + {0} * {{{{stride("B_SCALE", 1)}}}}'}
 )
 
-CONFIGS = (HopperConfig(64, 2, 128, 6),)
+CONFIGS = (HopperConfig(64, 2, 128, 6), HopperConfig(64, 2, 128, 6, turns=True))
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,8 @@ def _template(loop: Loop, tail: Tail) -> GluonTemplate:
 
 
 BLOCK_SCALED_MM = HopperBlocks(
-    Loop("int8_block_scaled_mm_hopper", _BLOCK_TEXT, _INT8, _INT8, k=BLOCK_K, steps=2, operands=("A_SCALE", "B_SCALE"))
+    Loop("int8_block_scaled_mm_hopper", _BLOCK_TEXT, _INT8, _INT8, k=BLOCK_K, steps=(2,), operands=("A_SCALE", "B_SCALE"))
 )
 INT8_INT4_MM = HopperBlocks(
-    Loop("int8_int4_mm_hopper", _INT4_TEXT, _INT8, _INT8, k=BLOCK_K, steps=2, transposed=True, operands=("B_SCALE",), unpack=True)
+    Loop("int8_int4_mm_hopper", _INT4_TEXT, _INT8, _INT8, k=BLOCK_K, steps=(2,), transposed=True, operands=("B_SCALE",), unpack=True)
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MODULE", "STORE", "STORE_TRANSPOSED"]
+__all__ = ["DEPENDENT_LAUNCH", "MODULE", "STORE", "STORE_TRANSPOSED"]
 
 MODULE = """from triton.experimental import gluon
 from triton.experimental.gluon import language as tl
@@ -21,7 +21,8 @@ STAGES = tl.constexpr({{STAGES}})
 GROUP = tl.constexpr({{GROUP}})
 PROGRAMS = tl.constexpr({{PROGRAMS}})
 TRIPS = tl.constexpr({{TRIPS}})
-STEPS = tl.constexpr(STEPS_A_TRIP)
+STEPS = tl.constexpr({{STEPS}})
+SPLITS = tl.constexpr({{SPLITS}})
 LEFT_STEP = tl.constexpr(LEFT_COLUMNS)
 RIGHT_STEP = tl.constexpr(RIGHT_COLUMNS)
 BYTES = tl.constexpr({{BYTES}})
@@ -54,11 +55,12 @@ def load(a_tiles, B_TILES, left_boxes, right_boxes, ready, free, M):
     grid_columns = tl.cdiv(RIGHT_ROWS, COLUMNS)
     stage = 0
     phase = 1
-    for tile in range(tl.program_id(0), grid_rows * grid_columns, tl.num_programs(0)):
-        row, column = place(tile, grid_rows, grid_columns)
+    for tile in range(tl.program_id(0), grid_rows * grid_columns * SPLITS, tl.num_programs(0)):
+        row, column = place(tile // SPLITS, grid_rows, grid_columns)
         first_right = column * COLUMNS
+        first_step = tile % SPLITS * (TRIPS * STEPS)
 PICK_TILES
-        for step in range(0, TRIPS * STEPS):
+        for step in range(first_step, first_step + TRIPS * STEPS):
             mbarrier.wait(free.index(stage), phase)
             mbarrier.expect(ready.index(stage), BYTES)
             for part in tl.static_range(PARTS):
@@ -71,13 +73,14 @@ PICK_TILES
 
 
 @gluon.jit
-def multiply(POINTERS left_boxes, right_boxes, ready, free, OUT, M, PART: tl.constexpr):
+def multiply(POINTERS left_boxes, right_boxes, ready, free, turns, OUT, M, PART: tl.constexpr):
     grid_rows = tl.cdiv(LEFT_ROWS, ROWS * PARTS)
     grid_columns = tl.cdiv(RIGHT_ROWS, COLUMNS)
     stage = 0
     phase = 0
-    for tile in range(tl.program_id(0), grid_rows * grid_columns, tl.num_programs(0)):
-        row, column = place(tile, grid_rows, grid_columns)
+    turn = 1 - PART
+    for tile in range(tl.program_id(0), grid_rows * grid_columns * SPLITS, tl.num_programs(0)):
+        row, column = place(tile // SPLITS, grid_rows, grid_columns)
         first_left = (row * PARTS + PART) * ROWS
         first_right = column * COLUMNS
         rl = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(1, L))
@@ -88,27 +91,62 @@ PICK_VECTORS
         ram = tl.where(rm < M, rm, 0)
         rbn = LOCAL_COLUMNS
 LOOP
+{% if SPLITS | int == 1 %}
 TAIL
 STORE
+{% else %}
+        width = grid_columns * COLUMNS
+        sums = OUT + (tile % SPLITS).to(tl.int64) * (grid_rows * ROWS * PARTS) * width
+        tl.store(sums + rl.to(tl.int64)[:, None] * width + rr[None, :], dot)
+{% endif %}
 
 
+{% if SPLITS | int > 1 %}
+WIDTH = tl.constexpr({{WIDTH}})
+SUMMED = tl.constexpr(tl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+
+
+@gluon.jit(do_not_specialize=["M"])
+def finish(SUMS, POINTERS OUT, M):
+DEPENDENT_LAUNCH
+    grid_rows = tl.cdiv(LEFT_ROWS, ROWS)
+    height = tl.cdiv(LEFT_ROWS, ROWS * PARTS) * (ROWS * PARTS)
+    width = tl.cdiv(RIGHT_ROWS, COLUMNS) * COLUMNS
+    for tile in range(tl.program_id(0), grid_rows * tl.cdiv(RIGHT_ROWS, WIDTH), tl.num_programs(0)):
+        first_left = tile % grid_rows * ROWS
+        first_right = tile // grid_rows * WIDTH
+        rl = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(1, SUMMED))
+        rr = first_right + tl.arange(0, WIDTH, layout=tl.SliceLayout(0, SUMMED))
+        LEFT_INDEX = rl
+        RIGHT_INDEX = rr
+        ram = tl.where(rm < M, rm, 0)
+        rbn = LOCAL_COLUMNS
+        sums = SUMS + rl.to(tl.int64)[:, None] * width + rr[None, :]
+        dot = tl.load(sums)
+        for split in tl.static_range(1, SPLITS):
+            dot += tl.load(sums + split * height.to(tl.int64) * width)
+TAIL
+FINISHED
+
+
+{% endif %}
 @gluon.jit(do_not_specialize=["M"])
 def kernel(a_tiles, B_TILES, POINTERS OUT, M):
     left_boxes = tl.allocate_shared_memory(LEFT.dtype, [STAGES * PARTS, ROWS, LEFT_STEP], LEFT.layout)
     right_boxes = tl.allocate_shared_memory(RIGHT_0.dtype, [STAGES, COLUMNS, RIGHT_STEP], RIGHT_0.layout)
     ready = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = tl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for part in tl.static_range(2):
+        mbarrier.init(turns.index(part), count=1)
     for stage in tl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=PARTS)
-{% if DEPENDENT is defined %}
-    tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-{% endif %}
+DEPENDENT_LAUNCH
     tl.warp_specialize(
         [
 {% for part in range(PARTS | int) %}
-            (multiply, (POINTERS left_boxes, right_boxes, ready, free, OUT, M, {{part}})),
+            (multiply, (POINTERS left_boxes, right_boxes, ready, free, turns, OUT, M, {{part}})),
 {% endfor %}
             (load, (a_tiles, B_TILES, left_boxes, right_boxes, ready, free, M)),
         ],
@@ -116,6 +154,11 @@ def kernel(a_tiles, B_TILES, POINTERS OUT, M):
         [{{"240, " if PARTS | int == 2}}24],
     )
 """
+
+DEPENDENT_LAUNCH = """{% if DEPENDENT is defined %}
+    tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+{% endif %}"""
 
 STORE = """y = tl.convert_layout(y.to(OUT.dtype.element_ty), STORED)
 sm = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(1, STORED))

@@ -9,6 +9,7 @@ tiled template 0.59 at M = 1024. What is left of it is waves: 192 tiles of 256 r
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from ..gluon.program import Box
@@ -18,7 +19,7 @@ from .hopper import HopperConfig, Loop
 from .problem import Device, Problem, tiles
 from .tail import Tail
 
-__all__ = ["CONFIGS", "LOOP", "is_legal", "template"]
+__all__ = ["CONFIGS", "LOOP", "TILES", "is_legal", "template"]
 
 # bfloat16 of an int8 v: the byte in the mantissa of 128 is 128 + (v & 127); what is too much, 128 or, for a negative v, 256, has v's sign bit in the
 # same place. float16 has room for v + 128 in the mantissa of 1024.
@@ -64,15 +65,23 @@ for trip in range(0, TRIPS):
     mbarrier.wait(ready.index(stage), phase)
     weights = operand(left_boxes.index(stage * PARTS + PART), right_boxes.dtype)
     dot = warpgroup_mma(weights, right_boxes.index(stage).permute((1, 0)), dot, is_async=True)
-    first_stage = stage
+    last = stage
     stage, phase = advance(stage, phase)
-    mbarrier.wait(ready.index(stage), phase)
-    weights = operand(left_boxes.index(stage * PARTS + PART), right_boxes.dtype)
-    dot = warpgroup_mma(weights, right_boxes.index(stage).permute((1, 0)), dot, is_async=True)
-    dot = warpgroup_mma_wait(0, deps=[dot])
-    mbarrier.arrive(free.index(first_stage), count=1)
-    mbarrier.arrive(free.index(stage), count=1)
-    stage, phase = advance(stage, phase)"""
+    for step in tl.static_range(1, STEPS):
+        mbarrier.wait(ready.index(stage), phase)
+        following = operand(left_boxes.index(stage * PARTS + PART), right_boxes.dtype)
+        dot = warpgroup_mma(following, right_boxes.index(stage).permute((1, 0)), dot, is_async=True)
+        # The registers of these weights are read until their product is done.
+        dot, weights = warpgroup_mma_wait(1, deps=[dot, weights])
+        mbarrier.arrive(free.index(last), count=1)
+        weights = following
+        last = stage
+        stage, phase = advance(stage, phase)
+    dot, weights = warpgroup_mma_wait(0, deps=[dot, weights])
+    mbarrier.arrive(free.index(last), count=1)"""
+
+STEPS = (8, 4, 2)
+"""Products of a trip, at whose end the tensor cores run dry."""
 
 LOOP = Loop(
     "int8_weight_mm_hopper",
@@ -81,25 +90,35 @@ LOOP = Loop(
     right=Box(0, 64, "bfloat16", 128),
     k=64,
     instruction_k=16,
-    steps=2,
+    steps=STEPS,
     transposed=True,
     functions=_FUNCTIONS,
 )
 
-CONFIGS = (
-    HopperConfig(64, 2, 256, 4),
+TILES = (
+    HopperConfig(64, 2, 256, 4, steps=4),  # with 8 the longest tail spills
     HopperConfig(64, 2, 128, 8),
     HopperConfig(64, 2, 64, 12),
     HopperConfig(64, 1, 256, 5),
     HopperConfig(64, 1, 128, 4, programs=2),
     HopperConfig(64, 1, 64, 8, programs=2),
 )
+SPLITS = (1, 2, 4)
+CONFIGS = tuple(replace(tile, splits=splits) for tile in TILES for splits in SPLITS)
+LEAST_K = 1024
+"""A part of K has at least so much of it."""
 LEAST_ROWS = 33
 """From so many rows of the activation on."""
-TIMED = 3
-"""How many configs are timed."""
-CONVERSION = 32
-"""Columns that take as long as converting the tile's weights."""
+TIMED, AS_GOOD = 4, 1.3
+"""How many configs are timed, of those that should take no more than so many times what the best takes."""
+CONVERSION = 128
+"""Columns that take as long as loading and converting the tile's weights: on an H200 a step of 64 x 64 takes 300 cycles, one of 64 x 256 760, one of
+128 x 256 1390.
+"""
+ELEMENTS_A_CYCLE = 36
+"""Of a step of 64, in tiles, columns for conversion included."""
+FINISH_CYCLES, SUM_CYCLES = 3000, 0.2
+"""What the second kernel of a split product takes, and what each element of a part's sums does: 8 bytes to and from L2."""
 
 
 def is_legal(config: HopperConfig, problem: Problem, device: Device, tail: Tail) -> bool:
@@ -110,14 +129,22 @@ def is_legal(config: HopperConfig, problem: Problem, device: Device, tail: Tail)
 def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[HopperConfig]:
     """The configs worth timing: legal, and those that fill the chip best without tiles that are mostly padding."""
     legal = [config for config in CONFIGS if is_legal(config, problem, device, tail) and hopper.useful(LOOP, config, problem)]
-    return sorted(legal, key=functools.partial(_work, problem, device))[:TIMED] if problem.m >= LEAST_ROWS else []
+    legal = [config for config in legal if config.splits == 1 or problem.k >= LEAST_K * config.splits]
+    if not legal or problem.m < LEAST_ROWS:
+        return []
+    work = {config: _work(problem, device, config) for config in legal}
+    return [config for config in sorted(legal, key=work.__getitem__) if work[config] <= AS_GOOD * min(work.values())][:TIMED]
 
 
-def _work(problem: Problem, device: Device, config: HopperConfig) -> int:
-    """Elements of tiles, converting included, that the busiest multiprocessor has one after the other."""
+def _work(problem: Problem, device: Device, config: HopperConfig) -> float:
+    """About how many cycles the busiest multiprocessor takes."""
     high = config.rows * config.parts
-    of_each = -(-tiles(problem, config.columns, high) // device.multiprocessors)
-    return of_each * high * (config.columns + CONVERSION)
+    of_each = -(-tiles(problem, config.columns, high) * config.splits // device.multiprocessors)
+    steps = -(-problem.k // (LOOP.k * config.splits))
+    cycles = of_each * steps * high * (config.columns + CONVERSION) / ELEMENTS_A_CYCLE
+    if config.splits == 1:
+        return cycles
+    return cycles + FINISH_CYCLES + SUM_CYCLES * config.splits * problem.m * problem.n / device.multiprocessors
 
 
 @functools.cache
