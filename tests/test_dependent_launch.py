@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import re
 from types import SimpleNamespace
@@ -19,8 +20,9 @@ from torch import nn
 from torch._inductor import config as inductor_config
 from torch._inductor.codegen.triton import TritonKernel
 
-from int8_inductor import Int8DynamicActivationInt8WeightConfig, launching, lowering, operands, ops, quantize_
+from int8_inductor import Int8DynamicActivationInt8WeightConfig, expand_int4, launching, lowering, operands, ops, quantize_
 from int8_inductor._compat import launched_as_dependents
+from int8_inductor.int4 import unpack_int4
 from int8_inductor.templates import LOWERINGS, persistent, tiled, vector
 
 WAIT = "griddepcontrol.wait"
@@ -89,6 +91,24 @@ def test_kernels_in_gluon_wait_first() -> None:
     assert "griddepcontrol.wait" in before
     assert "warp_specialize" not in before
     assert "warp_specialize" in after
+
+
+def test_so_does_the_kernel_that_adds_up_parts_of_k() -> None:
+    job = next(each for each in HOPPER_JOBS if each.config.splits > 1)
+    finish = job.program(DEPENDENT=True)[0].split("def finish(")[1].split("def kernel(")[0]
+    assert 0 < finish.index("griddepcontrol.wait") < finish.index("griddepcontrol.launch_dependents") < finish.index("tl.load")
+    assert "griddepcontrol" not in job.program()[0]
+
+
+def test_so_does_the_one_that_unpacks_int4() -> None:
+    text = inspect.getsource(expand_int4._expand)
+    assert 0 < text.index("gdc_wait") < text.index("gdc_launch_dependents") < text.index("tl.load")
+
+
+@gpu
+def test_int4_is_unpacked_so() -> None:
+    packed = torch.randint(0, 256, (1000, 512), dtype=torch.uint8, device="cuda")
+    assert torch.equal(expand_int4.expand_int4(packed, dependent=True), unpack_int4(packed))
 
 
 def test_inductors_kernels_wait_first_even_those_that_read_nothing() -> None:

@@ -29,17 +29,29 @@ def compute(case: ExpertCase, kernel: str) -> Tensor:
 # Numerics -------------------------------------------------------------------------------------------------------------------------
 
 
-@examples(24)
-@given(case=expert_cases(), kernel=st.sampled_from(KERNELS))
-@example(case=ExpertCase(experts=1, k=1, inner=1, n=1, tokens=1, slots=1), kernel="triton")
-@example(case=ExpertCase("w4a8", k=384, inner=160, group=32, tokens=40, slots=3, activation="gelu"), kernel="triton")
-@example(case=ExpertCase("w4a16", k=64, inner=192, group=64, tokens=17, slots=8, dtype=torch.float16), kernel="triton")
-@example(case=ExpertCase("w8a8", inner=300, tokens=5, magnitudes=(0.0,)), kernel="triton")
-def test_results_against_float64(device: str, case: ExpertCase, kernel: str) -> None:
-    case = dataclasses.replace(case, device=device)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@examples(8)
+@given(data=st.data(), kernel=st.sampled_from(KERNELS))
+def test_results_against_float64(device: str, layout: str, data: st.DataObject, kernel: str) -> None:
+    case = dataclasses.replace(data.draw(expert_cases(layout)), device=device)
     want = case.want(kernel)
     assume(bool((want.value.abs() < torch.finfo(case.dtype).max / 16).all()))
     check_float(compute(case, kernel), want)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ExpertCase(experts=1, k=1, inner=1, n=1, tokens=1, slots=1),
+        ExpertCase("w4a8", k=384, inner=160, group=32, tokens=40, slots=3, activation="gelu"),
+        ExpertCase("w4a16", k=64, inner=192, group=64, tokens=17, slots=8, dtype=torch.float16),
+        ExpertCase("w8a8", inner=300, tokens=5, magnitudes=(0.0,)),
+    ],
+    ids=("ones", "several steps and groups", "rows of a tile and one", "zeros"),
+)
+def test_chosen_results_against_float64(device: str, case: ExpertCase) -> None:
+    case = dataclasses.replace(case, device=device)
+    check_float(compute(case, "triton"), case.want())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

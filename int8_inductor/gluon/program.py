@@ -171,7 +171,7 @@ def run(*operands: Tensor, source: str, launch: str, out: Tensor) -> Tensor:
         if how.unpacked:
             from ..expand_int4 import expand_int4
 
-            operands = (operands[0], expand_int4(operands[1]), *operands[2:])
+            operands = (operands[0], expand_int4(operands[1], dependent=how.dependent), *operands[2:])
         descriptors = [_descriptor(*pair) for pair in zip(operands[:count], how.boxes, strict=True)]
         into = torch.empty(how.sums(m), dtype=torch.float32, device=out.device) if finish else out
         main[(min(how.splits * _tiles(m, how.columns, how.tile), programs), 1, 1)](*descriptors, *operands[count:], into, m)
