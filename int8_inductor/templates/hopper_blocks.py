@@ -1,12 +1,13 @@
 """Templates for Hopper of products that are rescaled block by block: block-scaled INT8, and INT8 activations beside INT4 weights (see hopper.py).
 
 A trip of the loop issues the products of two blocks of K and rescales the first while the second runs; the tensor cores have the other part's
-products in the meantime too. Scales are loaded a block ahead and multiplied where they are used: at their load a program would wait for them.
+products in the meantime too. Where they take turns, a part issues when the other's first block is done: else both may come to rescale at once, and
+the tensor cores idle. Scales are loaded a block ahead and multiplied where they are used: at their load a program would wait for them.
 
-block_scaled_mm, 8192 cubed on an H200: 1043 us (1054 TOP/s), 1121 with the tile stored as the tensor cores leave it, 1155 for the Triton template
-beside this one. int8_int4_mm lies transposed, so that a group's scale is one of a row of the tile, two for a thread and not 32; its weight is
-unpacked to int8 in memory before (K x N bytes), which is faster from 1024 rows on than unpacking it in registers for each tile (4096 x 4096 x 4096:
-132 us and 5 for the unpacking, against 160).
+block_scaled_mm, 8192 cubed on an H200: 932 us with turns, 1033 without; 1155 for the Triton template beside this one. Turns cost where K is short,
+as a part waits for the other's tail (int8_int4_mm, 8192 x 6144 x 4096: 430 and 403), so both are timed. int8_int4_mm lies transposed, so that a
+group's scale is one of a row of the tile, two for a thread and not 32; its weight is unpacked to int8 in memory before (K x N bytes), which is faster
+from 1024 rows on than unpacking it in registers for each tile (4096 x 4096 x 4096: 132 us and 5 for the unpacking, against 160).
 """
 
 from __future__ import annotations
