@@ -138,8 +138,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None, peers: tuple[Peer, ...] = PEERS, name: str = "gemm") -> int:
-    """Run, print the table, write JSON and PNG. 1 when any result was wrong or failed. name: of the program in this package, and of its files."""
+def main(argv: list[str] | None = None, peers: tuple[Peer, ...] = PEERS, name: str = "gemm", own: tuple[str, ...] = ()) -> int:
+    """Run, print the table, write JSON and PNG. 1 when any result was wrong or failed. name: of the program in this package, and of its files.
+    own: options of that program beside these, for the record.
+    """
     argv = common.program(argv)
     options = arguments(argv)
     device = torch.device(options.device)
@@ -148,7 +150,7 @@ def main(argv: list[str] | None = None, peers: tuple[Peer, ...] = PEERS, name: s
     names = common.choose(options.peers, [peer.name for peer in peers], "--peers")
     budget = Budget(options.seconds)
     common.prepare(device)
-    record = common.environment(device, f"benchmarks.{name}", argv, options.commit)
+    record = common.environment(device, f"benchmarks.{name}", [*own, *argv], options.commit)
     path = common.result_path(name, record, options.out)
     result = run(cases, [peer for peer in peers if peer.name in names], device, budget, path, record)
     plot.draw(path)

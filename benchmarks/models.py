@@ -45,8 +45,7 @@ def progress(row: dict[str, Any], budget: Budget) -> None:
     compiled = "eager" if row["compile_s"] is None else f"compiled in {row['compile_s']:.1f} s"
     linears = "" if row["linears"] is None else f", {row['linears']['rewritten']} of {row['linears']['present']} linears rewritten"
     if "second" in row:
-        tuned = ", ".join(f"{count} {name}" for name, count in row["second"]["tuned"].items())
-        compiled += f", in a second process in {row['second']['compile_s']:.1f} s, tuned again: {tuned}"
+        compiled += f", in a second process in {row['second']['compile_s']:.1f} s, {tables.tuned_again(row['second'])} tunings"
     say(f"[{budget.elapsed:5.0f} s] {row['label']}: {row['ms']:.3f} ms (again {row['ms_again']:.3f}), {compiled}{linears}")
 
 

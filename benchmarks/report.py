@@ -20,9 +20,8 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the README: the results of one kind, measured on one of `devices`, and what makes their tables and notes.
-
-    A table without rows is left out.
+    """A section of the README: the results of one kind, measured on one of `devices` by one of `programs` in this package (any where none is named),
+    and what makes their tables and notes. A table without rows is left out.
     """
 
     head: str
@@ -30,18 +29,24 @@ class Section:
     devices: tuple[str, ...]
     tables: tuple[Callable[[dict[str, Any]], Table], ...]
     notes: Callable[[dict[str, Any]], list[str]]
+    programs: tuple[str, ...] = ()
 
     def shows(self, result: dict[str, Any]) -> bool:
         """Whether a result belongs here."""
-        return result["kind"] == self.kind and result["environment"]["device"]["type"] in self.devices
+        environment = result["environment"]
+        ours = not self.programs or environment["command"].split()[2].removeprefix("benchmarks.") in self.programs
+        return ours and result["kind"] == self.kind and environment["device"]["type"] in self.devices
 
 
 def _left_out(result: dict[str, Any]) -> list[str]:
     return tables.left_out(result, "label")
 
 
+_PRODUCTS = (lambda result: tables.gemm(result, brief=True), tables.means)
 SECTIONS = (
-    Section("Scaled INT8 products", "gemm", ("cuda",), (lambda result: tables.gemm(result, brief=True), tables.means), tables.notes),
+    Section("Scaled INT8 products", "gemm", ("cuda",), _PRODUCTS, tables.notes, ("gemm",)),
+    Section("Block-scaled INT8 products", "gemm", ("cuda",), _PRODUCTS, tables.notes, ("blocks",)),
+    Section("INT8 and INT4 weights beside other activations", "gemm", ("cuda",), _PRODUCTS, tables.notes, ("weights",)),
     Section("Whole models", "models", ("cuda",), (tables.models,), _left_out),
     Section("Layers of experts", "experts", ("cuda",), (tables.experts,), _left_out),
     Section("Scaled INT8 products on a CPU", "gemm", ("cpu",), (tables.means,), tables.notes),

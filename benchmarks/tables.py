@@ -151,10 +151,13 @@ def _compiled(row: dict[str, Any], stock: list[dict[str, Any]]) -> str:
 
 def _second(row: dict[str, Any]) -> str:
     """Seconds of a second process, and how often it tuned a product or another kernel."""
-    if "second" not in row:
-        return "-"
-    tuned = row["second"]["tuned"]
-    return f"{row['second']['compile_s']:.1f}, {tuned['products'] + tuned['others']} tuned"
+    return "-" if "second" not in row else f"{row['second']['compile_s']:.1f}, {tuned_again(row['second'])} tuned"
+
+
+def tuned_again(second: dict[str, Any]) -> int:
+    """How often a second process tuned a product or another kernel. A graph from the cache counts the products that its compilation tuned."""
+    tuned = second["tuned"]
+    return int(tuned["others"]) + (int(tuned["products"]) if second["graphs_compiled"] else 0)
 
 
 def models(result: dict[str, Any]) -> Table:

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scheme", choices=list(SCHEMES), default="w8a16", help="(default: %(default)s)")
     options, rest = parser.parse_known_args(common.program(argv))
     shapes = [] if any(each.startswith("--shape") for each in rest) else ["--shapes", "weights"]
-    return gemm.main([*shapes, *rest], SCHEMES[options.scheme])
+    return gemm.main([*shapes, *rest], SCHEMES[options.scheme], "weights", ("--scheme", options.scheme))
 
 
 if __name__ == "__main__":

@@ -152,13 +152,16 @@ def test_models_table() -> None:
 def test_models_table_of_cold_compilations_and_second_processes() -> None:
     result = models_result()
     ours = next(row for row in result["rows"] if row["group"] == "ours")
-    ours |= {"cold": True, "compile_s": 30.0, "second": {"compile_s": 4.25, "tuned": {"products": 1, "candidates": 8, "others": 2}}}
+    second = {"compile_s": 4.25, "graphs_compiled": 1, "tuned": {"products": 1, "candidates": 8, "others": 2}}
+    ours |= {"cold": True, "compile_s": 30.0, "second": second}
     header, rows = tables.models(result)
     assert header[4:6] == ["compile s", "2nd process s"]
     assert rows[2][4:6] == ["30.0 (2.50x)", "4.2, 3 tuned"]
     assert rows[1][4:6] == ["12.0", "-"]
     assert rows[-1][5] == "-"
     assert len({len(row) for row in [header, *rows]}) == 1
+    second["graphs_compiled"] = 0
+    assert tables.models(result)[1][2][5] == "4.2, 2 tuned"
 
 
 def test_markdown_has_one_line_a_row() -> None:
@@ -237,6 +240,20 @@ def test_report_shows_the_newest_of_each_command(checkout: Path) -> None:
     assert report.main(["--readme"], checkout) == 0
     readme = (checkout / "README.md").read_text()
     assert [readme.count(f"{name}.png") for name in ("gemm-a", "gemm-b", "gemm-c")] == [1, 1, 0]
+
+
+def test_report_has_a_section_for_each_program(checkout: Path) -> None:
+    heads = {"blocks": "Block-scaled INT8 products", "weights --scheme w8a16": "INT8 and INT4 weights beside other activations"}
+    for number, command in enumerate(heads):
+        result = gemm_result(3.0)
+        result["environment"] |= {"command": f"python -m benchmarks.{command}"}
+        add_result(checkout, f"program-{number}", result)
+    assert report.main(["--readme"], checkout) == 0
+    sections = (checkout / "README.md").read_text().split("\n### ")
+    assert "gemm-a.png" in sections[1]
+    for number, (head, text) in enumerate(zip(heads.values(), sections[2:4], strict=True)):
+        assert text.startswith(head)
+        assert [text.count(f"{name}.png") for name in (f"program-{number}", f"program-{1 - number}", "gemm-a")] == [1, 0, 0]
 
 
 def test_report_check_sees_an_edited_figure(checkout: Path) -> None:
