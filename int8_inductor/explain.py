@@ -1,6 +1,6 @@
 """What was rewritten, into which kernel, and why the rest was not: `explain(model, *inputs)` and the ledger that the passes write.
 
-Every quant, dequant and linear of a graph has one `Entry`. Its status is one of STATUSES.
+Every quant, dequant and linear of a graph has one `Entry`, and every convolution over patches that was rewritten. Its status is one of STATUSES.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ STATUSES = {
     FLOAT: "a linear that nobody quantized",
     LEFT: "left as it was; the reason says why",
 }
+KINDS = ("linear", "quant", "dequant")
+PATCHES = "patches"
+"""The kind of a convolution over patches that became a product in its own dtype: no part of what was quantized."""
 TAG = "int8_inductor_linear"
 """Key of a product node's meta: the name of the linear that it came from."""
 
@@ -45,7 +48,7 @@ class LeftBehindError(CompileError):
 
 @dataclass
 class Entry:
-    """One quant, dequant or linear of a graph."""
+    """One quant, dequant or linear of a graph, or a convolution that became a product."""
 
     kind: str
     name: str
@@ -87,15 +90,21 @@ class Report:
         """Entries of the int8 -> float conversions."""
         return self._of("dequant")
 
+    @property
+    def patches(self) -> list[Entry]:
+        """Entries of the convolutions over patches that became products (passes/patches.py)."""
+        return self._of(PATCHES)
+
     def left(self) -> list[Entry]:
         """What was left as it was."""
         return [entry for entry in self.entries if entry.status == LEFT]
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Number of entries by kind and status; every kind and status is there."""
-        table = {kind: dict.fromkeys(STATUSES, 0) for kind in ("linear", "quant", "dequant")}
+        """Number of linears, quants and dequants by status; every status is there."""
+        table = {kind: dict.fromkeys(STATUSES, 0) for kind in KINDS}
         for entry in self.entries:
-            table[entry.kind][entry.status] += 1
+            if entry.kind in table:
+                table[entry.kind][entry.status] += 1
         return table
 
     def to_dict(self) -> dict[str, Any]:

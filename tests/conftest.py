@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -19,12 +20,25 @@ def on_gpu(config: pytest.Config) -> bool:
     return torch.cuda.is_available() and config.option.markexpr.strip() == "gpu"
 
 
+def _compile_without_looking_on() -> None:
+    """What torch does at every compilation for nobody here: a tenth of the suite's time.
+
+    Its trace, which it leaves unwritten where nothing listens: pytest listens to every logger that does not propagate. And how long the guards
+    take, measured behind a flush of the caches.
+    """
+    import torch._dynamo.guards  # after the interpreter is in place
+
+    logging.getLogger("torch.__trace").propagate = True
+    torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Everything but a `-m gpu` run compiles for the CPU, through Triton's interpreter."""
     if not on_gpu(config):
         import interpreter
 
         interpreter.install()
+    _compile_without_looking_on()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

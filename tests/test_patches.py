@@ -84,6 +84,10 @@ def test_patches_are_a_product(device: str, name: str) -> None:
     case.check(compiled.output[0])
     assert not compiled.has("convolution(")
     assert compiled.has("extern_kernels.addmm(" if case.bias else "extern_kernels.mm(") or compiled.has("mkldnn") or case.outputs == 1
+    (entry,) = compiled.report.patches
+    assert (entry.status, entry.kernel) == ("rewritten", "aten.addmm" if case.bias else "aten.mm")
+    assert entry.name in str(compiled.report)
+    assert compiled.report.counts()["linear"] == dict.fromkeys(("rewritten", "feeds", "float", "left"), 0)
 
 
 def test_an_image_in_another_layout_and_of_any_batch(device: str) -> None:
@@ -116,6 +120,7 @@ NEAR_MISSES = {
 def test_other_convolutions_stay(device: str, name: str) -> None:
     compiled = NEAR_MISSES[name].compiled(device)
     assert compiled.has("convolution(") or compiled.has("_convolution_pointwise")
+    assert compiled.report.patches == []
     want = NEAR_MISSES[name](*NEAR_MISSES[name].operands(device))
     torch.testing.assert_close(compiled.output[0], want, rtol=2e-2, atol=2e-1)
 

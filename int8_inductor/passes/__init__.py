@@ -106,7 +106,7 @@ class Int8Pass(CustomGraphPass):
             graph.eliminate_dead_code()
             report = context.ledger.settle(graph)
             use_fewer_instructions(graph)  # replaces quants that the ledger knows by their nodes
-            embed_patches(graph)
+            report.entries.extend(embed_patches(graph))
             graph.eliminate_dead_code()
             publish(report)
 

@@ -166,15 +166,15 @@ class Ledger:
 
     def linear(self, node: Node, status: str, reason: str = "") -> None:
         """Record a matrix product."""
-        self.linears[node.name] = Entry("linear", node.name, status, reason, source=_source(node))
+        self.linears[node.name] = Entry("linear", node.name, status, reason, source=source_of(node))
 
     def found_quant(self, node: Node, reason: str) -> None:
         """Record a float -> int8 conversion; `reason` stands if nothing takes it up."""
-        self.quants[node] = Entry("quant", node.name, LEFT, reason, source=_source(node))
+        self.quants[node] = Entry("quant", node.name, LEFT, reason, source=source_of(node))
 
     def found_dequant(self, node: Node, reason: str) -> None:
         """Record an int8 -> float conversion; `reason` stands if it survives."""
-        self.dequants[node] = Entry("dequant", node.name, LEFT, reason, source=_source(node))
+        self.dequants[node] = Entry("dequant", node.name, LEFT, reason, source=source_of(node))
 
     def settle(self, graph: Graph) -> Report:
         """The report, once all passes ran and dead code is gone."""
@@ -222,7 +222,7 @@ _FRAME_LOCAL = re.compile(r"^[LG]\['\w+'\]\.?")
 """How Dynamo writes the variable that holds the model, before the path of a module in it."""
 
 
-def _source(node: Node) -> str:
+def source_of(node: Node) -> str:
     """Where the model has it: the module's path, or else the line of code."""
     modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     if modules:
