@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from . import launching
-from ._compat import fastest, real_tensors, run_of, start_compiling, wait_for_compile_workers
+from ._compat import fastest, real_tensors, run_of
 from .branches import branch
+from .compile_workers import start_compiling, wait_for_compile_workers
 from .gluon import program
 from .gluon.template import is_gluon
 from .ranges import Range

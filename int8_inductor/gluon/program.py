@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compat import share_triton_cache, submit_to_compile_workers
+from ..compile_workers import share_triton_cache, submit_to_compile_workers
 from . import compiling
 
 __all__ = ["CAPABILITY", "Box", "Launch", "compile_program", "run", "start_compiling"]
