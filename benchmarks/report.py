@@ -34,7 +34,7 @@ class Section:
     def shows(self, result: dict[str, Any]) -> bool:
         """Whether a result belongs here."""
         environment = result["environment"]
-        ours = not self.programs or environment["command"].split()[2].removeprefix("benchmarks.") in self.programs
+        ours = not self.programs or any(f" benchmarks.{program} " in f"{environment['command']} " for program in self.programs)
         return ours and result["kind"] == self.kind and environment["device"]["type"] in self.devices
 
 

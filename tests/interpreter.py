@@ -18,6 +18,7 @@ import torch._inductor.config as inductor_config
 import triton.language as tl
 from torch._inductor.codegen.triton import TritonOverrides
 from torch._inductor.runtime import triton_helpers
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.virtualized import ops
 from triton.backends.compiler import GPUTarget
 from triton.language.extra import libdevice
@@ -136,6 +137,17 @@ def _saturating_round_to_int(x: Any, dtype: torch.dtype) -> Any:
     return ops.to_dtype(ops.minimum(ops.maximum(ops.round(x), low), high), dtype)
 
 
+def _largest_config_alone() -> None:
+    """Of the configs of a kernel that Inductor would time, the one of the fewest programs, each of which takes the interpreter milliseconds."""
+    init = CachingAutotuner.__init__
+
+    def with_one(self: CachingAutotuner, *args: Any, configs: list[Any], **kwargs: Any) -> None:
+        one = configs if len(configs) == 1 else [max(configs, key=lambda config: math.prod(config.kwargs.values()))]
+        init(self, *args, configs=one, **kwargs)
+
+    CachingAutotuner.__init__ = with_one
+
+
 def install() -> None:
     """Route Inductor's CPU device to Triton's interpreter for the rest of the process."""
     driver.set_active(InterpreterDriver())
@@ -146,4 +158,5 @@ def install() -> None:
     _patch_language_once_a_kernel()
     _reduce_with_numpy()
     _know_bfloat16()
+    _largest_config_alone()
     TritonOverrides.round_to_int = staticmethod(_saturating_round_to_int)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -279,8 +280,13 @@ def test_a_second_process_compiles_nothing_and_tunes_nothing(tmp_path: Path, mon
         assert second["tuned"] == {"products": 0, "candidates": 0, "others": 0}
         assert 0 < second["compile_s"] < second["before"]["compile_s"]
         assert second["start_s"] > 0
-        with pytest.raises(second_process.SecondProcessError, match=r"second process: .*invalid choice: 'nobody'"):
-            second_process.run_again(workload.name, "nobody", CPU)
+
+
+def test_a_second_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 2, "", "usage: ...\nerror: argument --variant: invalid choice: 'nobody'\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(second_process.SecondProcessError, match=r"second process: .*invalid choice: 'nobody'"):
+        second_process.run_again(TINY[0].name, "nobody", CPU)
 
 
 def test_what_a_second_process_did_is_part_of_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_a_result_that_is_not_aligned_is_refused() -> None:
 
 
 def test_machine_code() -> None:
-    """Every config with a plain tail and with the longest: on sm_90's own tensor-core instruction, in flight, within registers and shared memory."""
+    """Every config with the longest tail: on sm_90's own tensor-core instruction, in flight, within registers and shared memory."""
     for job, code in zip(JOBS, compile_jobs(JOBS), strict=True):
         loop = job.loop
         instruction = {torch.int8: "s32.s8.s8", torch.bfloat16: "f32.bf16.bf16", torch.float16: "f32.f16.f16"}[job.dtype]
