@@ -5,7 +5,9 @@ Run as a program it is the compiling half, free of Triton's interpreter: `python
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -111,35 +113,30 @@ def compile_jobs(jobs: Sequence[Job]) -> list[Code]:
         inputs, outputs = Path(folder, "jobs.json"), Path(folder, "results.json")
         inputs.write_text(json.dumps([job.program() for job in jobs]))
         command = [sys.executable, __file__, str(inputs), str(outputs)]
-        done = subprocess.run(command, env=env | {"TRITON_CACHE_DIR": folder}, capture_output=True, text=True, check=False)
+        env |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         return [Code(**each) for each in json.loads(outputs.read_text())]
 
 
-def _measure(source: str, launch: str, folder: str) -> Code:
-    import triton.backends.nvidia
-
+def _measure(source: str, launch: str) -> Code:
     from int8_inductor.gluon import program
 
-    tools, file = Path(triton.backends.nvidia.__file__).parent / "bin", Path(folder, "kernel.ptx")
-    kernels, registers, stack, said = program.compile_program(source, launch), 0, 0, ""
-    for kernel in kernels:
-        file.write_text(kernel.asm["ptx"])
-        command = [str(tools / "ptxas"), "-arch=sm_90a", "-v", str(file), "-o", str(file.with_suffix(".cubin"))]
-        about = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        registers = max(registers, *map(int, re.findall(r"Used (\d+) registers", about)))
-        stack += sum(map(int, re.findall(r"(\d+) bytes stack frame", about)))
-        said += about
+    # What the assembler says of each kernel, Triton prints.
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        kernels = program.compile_program(source, launch)
+    said = printed.getvalue()
+    used, stacks = (list(map(int, re.findall(pattern, said))) for pattern in (r"Used (\d+) registers", r"(\d+) bytes stack frame"))
+    assert len(used) == len(stacks) == len(kernels), said
     main = kernels[0]
     mma = sorted(set(re.findall(r"\bwgmma\.mma_async[\w.]*", main.asm["ptx"])))
     waits = [int(each) for each in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", main.asm["ptx"])]
-    return Code(main.metadata.shared, registers, stack, mma, waits, "serialized" in said)
+    return Code(main.metadata.shared, max(used), sum(stacks), mma, waits, "serialized" in said)
 
 
 def main(inputs: str, outputs: str) -> None:
     """Compile the jobs in the file `inputs` and write what came out to `outputs`."""
-    folder = str(Path(inputs).parent)
-    Path(outputs).write_text(json.dumps([dataclasses.asdict(_measure(*each, folder)) for each in json.loads(Path(inputs).read_text())]))
+    Path(outputs).write_text(json.dumps([dataclasses.asdict(_measure(*each)) for each in json.loads(Path(inputs).read_text())]))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ TEMPLATES = {
 }
 
 
-@examples(16)
+@examples(12)
 @given(
     sizes=st.tuples(st.sampled_from([2, 5, 31, 67, 130]), st.sampled_from([16, 48, 144])),
     template=st.sampled_from(sorted(TEMPLATES)),
