@@ -32,10 +32,17 @@ MAX_K_ZERO_POINTS = (2**31 - 1) // (255 * 255)
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _no_smaller(scale: Tensor) -> Tensor:
+    """`scale`, SMALLEST_SCALE at the least: not by that name, as torch.compile(dynamic=True) makes an input of a float that it finds among globals
+    (2.15), and no pass knows the scale by it.
+    """
+    return torch.clamp(scale, min=torch.finfo(torch.float32).tiny)
+
+
 def choose_scale_symmetric(x: Tensor, dims: list[int]) -> Tensor:
     """Scale of symmetric quantization, max|x| / 127 over `dims` (kept, with size 1): float32, NaN where x is not finite."""
     amax = x.float().abs().amax(dims, keepdim=True)
-    scale = torch.clamp(amax / INT8_MAX, min=SMALLEST_SCALE)
+    scale = _no_smaller(amax / INT8_MAX)
     return torch.where(amax < float("inf"), scale, float("nan"))
 
 
@@ -45,7 +52,7 @@ def choose_scale_asymmetric(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]
     low = torch.clamp(x.amin(dims, keepdim=True), max=0.0)
     high = torch.clamp(x.amax(dims, keepdim=True), min=0.0)
     # Halved first: high - low can overflow where neither of them does.
-    scale = torch.clamp((high / 255 - low / 255), min=SMALLEST_SCALE)
+    scale = _no_smaller(high / 255 - low / 255)
     finite = scale < float("inf")
     zero_point = torch.clamp(torch.round(INT8_MIN - low / scale), INT8_MIN, INT8_MAX)
     zero_point = torch.where(finite, zero_point, 0.0).to(torch.int8)
@@ -178,7 +185,7 @@ def expand_blocks(scale: Tensor, sizes: Sequence[int], block_size: Sequence[int]
 def choose_scale_blocks(blocks: Tensor, dims: list[int]) -> Tensor:
     """Scale of symmetric quantization of blocks: as choose_scale_symmetric, but 0 for a block of zeros."""
     amax = blocks.float().abs().amax(dims, keepdim=True)
-    scale = torch.clamp(amax / INT8_MAX, min=SMALLEST_SCALE)
+    scale = _no_smaller(amax / INT8_MAX)
     return torch.where((amax > 0) & (amax < float("inf")), scale, amax * 0.0)
 
 
