@@ -36,6 +36,7 @@ WEIGHT_CONFIGS = (
     dataclasses.replace(hopper_weights.TILES[0], splits=4),
     dataclasses.replace(hopper_weights.TILES[-1], splits=2),
 )
+"""Those that run on a GPU: every tile, and two that are split."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ JOBS = [
     *(Job(hopper_blocks.BLOCK_SCALED_MM, config, dataclasses.replace(LONGEST, a_scale=None, b_scale=None)) for config in hopper_blocks.CONFIGS),
     Job(hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None, b_scale=None), k=K - 128),
     *(Job(hopper_blocks.INT8_INT4_MM, config, dataclasses.replace(LONGEST, b_scale=None)) for config in hopper_blocks.CONFIGS),
-    *(Job(hopper_weights, config, dataclasses.replace(LONGEST, a_scale=None), torch.bfloat16) for config in WEIGHT_CONFIGS),
+    *(Job(hopper_weights, config, dataclasses.replace(LONGEST, a_scale=None), torch.bfloat16) for config in hopper_weights.CONFIGS),
     Job(hopper_weights, hopper_weights.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None), torch.float16),
 ]
 

@@ -30,7 +30,7 @@ from int8_inductor import autotune, operands
 from int8_inductor.expand_int4 import expand_int4
 from int8_inductor.gluon import program
 from int8_inductor.gluon.program import Box, Launch
-from int8_inductor.gluon.template import swapped
+from int8_inductor.gluon.template import memory_in_words, swapped
 from int8_inductor.int4 import unpack_int4
 from int8_inductor.products.scaled_mm import ZERO_POINT_DTYPES
 from int8_inductor.templates import LOWERINGS, hopper, hopper_blocks, hopper_scaled_mm, hopper_weights
@@ -208,6 +208,7 @@ def test_what_is_legal() -> None:
     assert not hopper_weights.is_legal(split, weights, H200, tail)
     assert hopper_weights.is_legal(split, dataclasses.replace(weights, static_m=4096), H200, tail)
     blocks = dataclasses.replace(problem, groups=(128,), static_m=4096)
+    assert not hopper_blocks.BLOCK_SCALED_MM.is_legal(dataclasses.replace(hopper_blocks.CONFIGS[1], parts=1), blocks, H200, tail)
     assert not hopper_blocks.BLOCK_SCALED_MM.is_legal(dataclasses.replace(hopper_blocks.CONFIGS[0], splits=2), blocks, H200, tail)
 
 
@@ -281,6 +282,20 @@ def test_a_launch_as_text() -> None:
     how = Launch(boxes, ("float32", "bfloat16"), (128, 256), 4000, 2, 128, unpacked=4096, splits=2, last_tile=(32, 64))
     assert Launch.from_json(how.to_json()) == how
     assert how.sums(129) == 2 * 256 * 4096
+
+
+def test_the_memory_of_a_launch_in_words() -> None:
+    """The sums of a split product, and the weight that is unpacked; nothing for others, nor for a kernel of another kind."""
+    boxes, dtypes = (Box(64, 128, "int8", 128),), ("float32", "bfloat16")
+
+    def words(name: str = "extern_kernels.int8_inductor_gluon", **more: Any) -> str:
+        launch = Launch(boxes, dtypes, (128, 256), 4000, 1, **more).to_json()
+        buffer = SimpleNamespace(python_kernel_name=name, kwargs={"launch": launch}, get_size=lambda: [sympy.Integer(129), 4000])
+        return memory_in_words(SimpleNamespace(data=SimpleNamespace(data=buffer)))
+
+    assert words(splits=2) == f", K in 2 parts with {4 * 2 * 256 * 4096} bytes of sums"
+    assert words(unpacked=4096) == ", the weight unpacked to 4096 bytes"
+    assert words() == words("extern_kernels.mm", unpacked=4096) == ""
 
 
 def test_a_tail_with_constants_and_several_weights() -> None:

@@ -111,7 +111,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from (Case(main[0], 16, config) for config in main[1])
     if capability in (80, 90):
         yield from (Case(BLOCKS, 16, config) for config in (FEW[0], CONFIGS[0]))
-    several = (GELU, SINGLE, HALF, THREE) if capability in (80, 90) else (GELU,)
+    several = (GELU, SINGLE, HALF, THREE) if capability in (80, 90) else (GELU, SINGLE)  # float32 has a config that no other result has
     yield from (Case(tail, 16, config, persistent) for tail in several for config in persistent.CONFIGS)
     yield from (Case(tail, 16, config, vector) for tail in several if tail != HALF for config in vector.CONFIGS)
     yield from (Case(THREE, 16, config) for config in (CONFIGS[0], *FEW))

@@ -96,7 +96,9 @@ def is_legal(loop: Loop, config: HopperConfig, problem: Problem, device: Device,
     fits = config.programs * (loop.shared_memory(config) + RESERVED) <= device.shared_memory + RESERVED
     whole = all(rows % config.columns == 0 for rows in problem.side_by_side)
     if config.splits > 1 and (loop.operands or problem.side_by_side or problem.static_m is None):
-        return False
+        return False  # scales in the loop count K from its beginning; the memory for the sums is stated
+    if config.turns and config.parts != 2:
+        return False  # nobody would pass the turn on
     plain = tail.fast and tail.block_size is None and not tail.loop_lines()
     return fits and whole and plain and device.warpgroups and problem.tma and problem.static_k is not None
 
