@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from int8_inductor.templates import hopper, hopper_blocks, hopper_scaled_mm, hopper_weights
+from int8_inductor.templates import hopper, hopper_blocks, hopper_int4, hopper_scaled_mm, hopper_weights
 from int8_inductor.templates.problem import Device, Problem
 from int8_inductor.templates.tail import COLUMN, CONSTANT, OF_EACH_WEIGHT, ROW, SCALAR, Indexing, Tail
 
@@ -36,7 +36,8 @@ WEIGHT_CONFIGS = (
     dataclasses.replace(hopper_weights.TILES[0], splits=4),
     dataclasses.replace(hopper_weights.TILES[-1], splits=2),
 )
-"""Those that run on a GPU: every tile, and two that are split."""
+INT4_CONFIGS = (*hopper_int4.TILES, dataclasses.replace(hopper_int4.TILES[0], splits=4), dataclasses.replace(hopper_int4.TILES[2], splits=2))
+"""Those that run on a GPU: every tile, and two of each that are split."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Job:
     def program(self, **more: Any) -> tuple[str, str]:
         """The kernel's text and its launch. more: constants besides the config's."""
         count = self.tail.weights.count
-        groups = (128,) if self.template in (hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.INT8_INT4_MM) else ()
+        groups = (128,) if self.loop.operands else ()
         problem = Problem(M, N * count, self.k, self.k, tma=True, groups=groups, a_bytes=self.dtype.itemsize, static_m=M)
         assert self.template.is_legal(self.config, problem, H200, self.tail), self
         template = self.template.template(self.tail)
@@ -74,7 +75,9 @@ def _box(name: str, job: Job) -> Any:
     in_loop = {"A_SCALE": [M, job.k // 128], "B_SCALE": [N, job.k // 128]}
     rows = {ROW: [M], COLUMN: [N], SCALAR: [1], OF_EACH_WEIGHT: [N]}
     if plain in ("A", "B"):
-        size, dtype = [M if plain == "A" else N, job.k], dtype if plain == "A" else torch.uint8 if loop.unpack else torch.int8
+        packed = loop.unpack or job.template is hopper_int4
+        size = [M, job.k] if plain == "A" else [N, job.k // (1 + packed)]
+        dtype = dtype if plain == "A" else torch.uint8 if packed else torch.int8
     else:
         indexing: Indexing | None = tail.operands().get(plain.lower())
         size, dtype = in_loop[plain] if plain in loop.operands else rows[indexing], torch.float32  # type: ignore[index]
@@ -90,6 +93,8 @@ JOBS = [
     *(Job(hopper_blocks.INT8_INT4_MM, config, dataclasses.replace(LONGEST, b_scale=None)) for config in hopper_blocks.CONFIGS),
     *(Job(hopper_weights, config, dataclasses.replace(LONGEST, a_scale=None), torch.bfloat16) for config in hopper_weights.CONFIGS),
     Job(hopper_weights, hopper_weights.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None), torch.float16),
+    *(Job(hopper_int4, config, dataclasses.replace(LONGEST, a_scale=None, b_scale=None), torch.bfloat16) for config in hopper_int4.CONFIGS),
+    Job(hopper_int4, hopper_int4.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None, b_scale=None), torch.float16),
 ]
 
 

@@ -18,7 +18,7 @@ import pytest
 import sympy
 import torch
 from block_cases import BlockCase
-from hopper_cases import FAST, H200, JOBS, WEIGHT_CONFIGS, compile_jobs
+from hopper_cases import FAST, H200, INT4_CONFIGS, JOBS, WEIGHT_CONFIGS, compile_jobs
 from kernel_cases import Case, out_scale
 from support import FLOATS, check_float, check_int8
 from torch._inductor import config as inductor_config
@@ -33,7 +33,7 @@ from int8_inductor.gluon.program import Box, Launch
 from int8_inductor.gluon.template import memory_in_words, swapped
 from int8_inductor.int4 import unpack_int4
 from int8_inductor.products.scaled_mm import ZERO_POINT_DTYPES
-from int8_inductor.templates import LOWERINGS, hopper, hopper_blocks, hopper_scaled_mm, hopper_weights
+from int8_inductor.templates import LOWERINGS, hopper, hopper_blocks, hopper_int4, hopper_scaled_mm, hopper_weights
 from int8_inductor.templates.problem import Problem
 from int8_inductor.templates.tail import COLUMN, ROW, Tail
 
@@ -43,6 +43,7 @@ TEMPLATES = {
     "block_scaled_mm": hopper_blocks.BLOCK_SCALED_MM,
     "int8_int4_mm": hopper_blocks.INT8_INT4_MM,
     "weight_int8_mm": hopper_weights,
+    "weight_int4_mm": hopper_int4,
 }
 
 
@@ -77,7 +78,7 @@ CASES = [
     ((4500, 1016, 912), "silu", torch.float32, True),
     ((1030, 1000, 400), "gelu_tanh", torch.bfloat16, True),
 ]
-CONFIGS = {"scaled_mm": hopper_scaled_mm.CONFIGS, "weight_int8_mm": WEIGHT_CONFIGS}
+CONFIGS = {"scaled_mm": hopper_scaled_mm.CONFIGS, "weight_int8_mm": WEIGHT_CONFIGS, "weight_int4_mm": INT4_CONFIGS}
 
 
 def _cases(*templates: str) -> Any:
@@ -113,7 +114,7 @@ def test_block_scaled_mm(product: str, config: Any, sizes: tuple[int, ...], acti
 
 
 @gpu
-@_cases("int8_int4_mm", "weight_int8_mm")
+@_cases("int8_int4_mm", "weight_int8_mm", "weight_int4_mm")
 def test_weights(product: str, config: Any, sizes: tuple[int, ...], activation: str, bias: torch.dtype | None, rows: bool) -> None:
     dtype = torch.float16 if rows else torch.bfloat16
     case = WeightCase(
@@ -147,8 +148,8 @@ def test_machine_code() -> None:
         assert (code.stack, code.serialized) == (0, False), (job, code)
         assert code.shared <= loop.shared_memory(job.config), (job, code)
         assert job.config.programs * (code.shared + 1024) <= 228 * 1024, (job, code)
-        # What stays in flight: the newest product.
-        assert code.waits[0] == 1, (job, code)
+        # What stays in flight: the newest product; beside few rows nothing, there are other programs.
+        assert code.waits[0] == (job.template is not hopper_int4), (job, code)
 
 
 def test_a_compile_worker_leaves_the_kernel_in_tritons_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +203,9 @@ def test_what_is_legal() -> None:
     for template, groups in itertools.product((hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.INT8_INT4_MM), (32, 64, 128)):
         assert template.is_legal(hopper_blocks.CONFIGS[0], dataclasses.replace(problem, groups=(groups,)), H200, tail) is (groups == 128)
     weights = dataclasses.replace(problem, a_bytes=2)
+    for group in (32, 64, 128):
+        assert hopper_int4.is_legal(hopper_int4.CONFIGS[0], dataclasses.replace(weights, groups=(group,)), H200, tail) is (group == 128)
+    assert not hopper_int4.is_legal(hopper_int4.CONFIGS[0], dataclasses.replace(weights, groups=(128,), a_bytes=4), H200, tail)
     assert hopper_weights.is_legal(hopper_weights.CONFIGS[0], weights, H200, tail)
     assert not hopper_weights.is_legal(hopper_weights.CONFIGS[0], dataclasses.replace(weights, a_bytes=4), H200, tail)
     split = dataclasses.replace(hopper_weights.TILES[0], splits=2)
@@ -226,12 +230,33 @@ def test_k_is_split_where_tiles_are_few(m: int, n: int, k: int, splits: int) -> 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 100, 256, 6304])
 def test_candidates_are_few_and_not_mostly_padding(m: int) -> None:
+    rows = {"scaled_mm": (65, m), "weight_int8_mm": (33, m), "weight_int4_mm": (5, 255)}
     for name, template in TEMPLATES.items():
         groups = (128,) if "block" in name or "int4" in name else ()
-        problem = Problem(m, 4096, 4096, 4096, tma=True, groups=groups, a_bytes=2 if name == "weight_int8_mm" else 1)
+        problem = Problem(m, 4096, 4096, 4096, tma=True, groups=groups, a_bytes=2 if name.startswith("weight") else 1)
         found = template.candidates(problem, H200, FAST, thorough=True)
         assert len(found) <= getattr(template, "TIMED", 2)
-        assert bool(found) is (m >= {"scaled_mm": 65, "weight_int8_mm": 33}.get(name, 256))
+        least, most = rows.get(name, (256, m))
+        assert bool(found) is (least <= m <= most)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "columns", "splits"),
+    [
+        (16, 6144, 4096, 16, [4, 2]),
+        (17, 4096, 14336, 32, [6, 4]),
+        (64, 4096, 4096, 64, [6, 4]),
+        (16, 28672, 4096, 16, [1]),
+        (200, 4096, 4096, 128, [2, 1]),
+        (16, 1024, 1024, 16, [2, 1]),
+    ],
+)
+def test_an_int4_weight_is_split_where_tiles_are_few(m: int, n: int, k: int, columns: int, splits: list[int]) -> None:
+    """The narrowest tile, and as many parts of K as run at once; none where M, and with it the memory for the sums, is not known."""
+    problem = Problem(m, n, k, k, tma=True, groups=(128,), a_bytes=2, static_m=m)
+    found = hopper_int4.candidates(problem, H200, FAST, thorough=False)
+    assert [(each.columns, each.splits) for each in found] == [(columns, each) for each in splits]
+    assert [each.splits for each in hopper_int4.candidates(dataclasses.replace(problem, static_m=None), H200, FAST, thorough=False)] == [1]
 
 
 def test_for_which_devices_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,11 +289,18 @@ def test_every_operand_has_a_type_in_triton() -> None:
     assert set(program.TRITON_NAMES) >= {*ZERO_POINT_DTYPES, *FLOATS}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 128), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(1, 4), (3, 12), (65, 128), (2, 3, 20), (130, 4100)])
 def test_int4_is_unpacked_in_memory(shape: tuple[int, ...]) -> None:
     packed = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(expand_int4(packed), unpack_int4(packed))
-    assert torch.equal(expand_int4(packed.transpose(0, 1)), unpack_int4(packed.transpose(0, 1)))
+    rows_apart = packed.repeat_interleave(2, -2)[..., ::2, :]
+    assert torch.equal(expand_int4(rows_apart), unpack_int4(packed))
+    assert torch.equal(expand_int4(torch.arange(256, dtype=torch.uint8).view(1, 256)), unpack_int4(torch.arange(256, dtype=torch.uint8).view(1, 256)))
+
+
+def test_int4_in_parts_of_words_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"packed must have rows of whole 4 bytes, got shape \[3, 7\]"):
+        expand_int4(torch.zeros(3, 7, dtype=torch.uint8))
 
 
 def test_a_transposed_tail() -> None:

@@ -43,7 +43,14 @@ class HopperConfig:
     def max_registers(self) -> int | None:
         """Registers of a thread where two programs have to fit; the warps that multiply take most of those of the one that loads."""
         threads = 128 * (self.parts + 1)
-        return None if self.programs == 1 else 65536 // (self.programs * threads)
+        return None if self.programs == 1 else 65536 // (self.programs * threads) // 8 * 8
+
+    @property
+    def part_registers(self) -> int:
+        """Those of a thread that multiplies, where two parts share what the warps that load have left of them."""
+        groups = self.parts + 1
+        shared = groups * (self.max_registers or 65536 // (128 * groups) // 8 * 8) - 24
+        return shared // self.parts // 8 * 8
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Loop:
     the loop may have, the best first; trips are whole.
     transposed: whether the weight is the left operand, so that the tile lies transposed. operands: that the loop reads besides a and b.
     functions: of its own. instruction_k: K of one tensor-core instruction. unpack: whether the weight is int4, unpacked in memory.
+    splits: whether it may be given a part of K: it counts steps from `first_step`, or does not count them.
     """
 
     name: str
@@ -67,6 +75,7 @@ class Loop:
     operands: tuple[str, ...] = ()
     functions: str = ""
     unpack: bool = False
+    splits: bool = False
 
     def stage_bytes(self, config: HopperConfig) -> int:
         """Bytes of shared memory of one stage."""
@@ -95,8 +104,8 @@ def is_legal(loop: Loop, config: HopperConfig, problem: Problem, device: Device,
     """
     fits = config.programs * (loop.shared_memory(config) + RESERVED) <= device.shared_memory + RESERVED
     whole = all(rows % config.columns == 0 for rows in problem.side_by_side)
-    if config.splits > 1 and (loop.operands or problem.side_by_side or problem.static_m is None):
-        return False  # scales in the loop count K from its beginning; the memory for the sums is stated
+    if config.splits > 1 and (not loop.splits or problem.side_by_side or problem.static_m is None):
+        return False  # the memory for the sums is stated
     if config.turns and config.parts != 2:
         return False  # nobody would pass the turn on
     plain = tail.fast and tail.block_size is None and not tail.loop_lines()
@@ -181,7 +190,7 @@ def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
             arguments=tuple(map(_torch_name, (*(box.get_dtype() for box in others), layout.dtype))),
             tile=(wide, high) if loop.transposed else (high, wide),
             splits=splits,
-            last_tile=(WIDTH, rows) if loop.transposed else (rows, WIDTH),
+            last_tile=(constants["WIDTH"], rows) if loop.transposed else (rows, constants["WIDTH"]),
             columns=int(layout.size[1]),
             programs=constants["PROGRAMS"],
             max_registers=constants["MAX_REGISTERS"],
@@ -208,7 +217,8 @@ def launch_constants(loop: Loop, config: HopperConfig, problem: Problem) -> dict
         "STEPS": steps,
         "TRIPS": -(-needed // steps),
         "SPLITS": config.splits,
-        "WIDTH": WIDTH,
+        "WIDTH": min(WIDTH, config.columns),
+        "PART_REGISTERS": config.part_registers,
         "BYTES": loop.stage_bytes(config),
         "INSTRUCTION_N": min(config.columns, 128 if loop.instruction_k == 32 else 256),
     } | ({"TURNS": True} if config.turns else {})

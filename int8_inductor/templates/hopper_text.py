@@ -90,6 +90,7 @@ def multiply(POINTERS left_boxes, right_boxes, ready, free, turns, OUT, M, PART:
 PICK_VECTORS
         ram = tl.where(rm < M, rm, 0)
         rbn = LOCAL_COLUMNS
+        first_step = tile % SPLITS * (TRIPS * STEPS)
 LOOP
 {% if SPLITS | int == 1 %}
 TAIL
@@ -151,7 +152,7 @@ DEPENDENT_LAUNCH
             (load, (a_tiles, B_TILES, left_boxes, right_boxes, ready, free, M)),
         ],
         [{{"4, " if PARTS | int == 2}}1],
-        [{{"240, " if PARTS | int == 2}}24],
+        [{{PART_REGISTERS ~ ", " if PARTS | int == 2}}24],
     )
 """
 

@@ -96,6 +96,7 @@ LOOP = Loop(
     steps=STEPS,
     transposed=True,
     functions=_FUNCTIONS,
+    splits=True,
 )
 
 TILES = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..int4 import dequantize_groups, unpack_int4
 from ..products.int8_int4 import INT8_INT4_GROUP_MM, INT8_INT4_MM
 from ..products.weight_only import WEIGHT_INT4_MM, WEIGHT_INT8_GROUP_MM, WEIGHT_INT8_MM
-from . import hopper_weights
+from . import hopper_int4, hopper_weights
 from .hopper_blocks import INT8_INT4_MM as HOPPER_INT8_INT4
 from .problem import Device, Problem
 from .rivals import EXPANDED_ROWS, expanded_mm
@@ -158,7 +158,14 @@ LOWERINGS = (
     Lowering(
         WEIGHT_INT8_GROUP_MM, _templates(INT8_GROUPS, GROUP_CONFIGS, WeightVector), _expand_int8_groups, _memory, expands=_expands, **_IN_GROUPS
     ),
-    Lowering(WEIGHT_INT4_MM, _templates(INT4, GROUP_CONFIGS, WeightStream, WeightVector), _expand_int4, _memory, expands=_expands, **_IN_GROUPS),
+    Lowering(
+        WEIGHT_INT4_MM,
+        (*_templates(INT4, GROUP_CONFIGS, WeightStream, WeightVector), hopper_int4),
+        _expand_int4,
+        _memory,
+        expands=_expands,
+        **_IN_GROUPS,
+    ),
     Lowering(INT8_INT4_MM, (*_templates(INT8_INT4, INT8_INT4_CONFIGS), HOPPER_INT8_INT4), _expand_int8_int4, _memory, **_IN_GROUPS),
     Lowering(INT8_INT4_GROUP_MM, _templates(INT8_INT4_GROUPS, LOW_REGISTERS), _expand_both, _memory, loop=("a_scale", "b_scale"), groups=_group),
 )
