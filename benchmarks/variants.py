@@ -53,10 +53,13 @@ def _pt2e_static(model: nn.Module, batches: Callable[[], Batches]) -> nn.Module:
     calibration = batches()
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(model, calibration[0]).module(), quantizer)
+    # Strict: the quantizer finds linears by the source that Dynamo notes, which torch 2.11 exports in no other way.
+    prepared = prepare_pt2e(torch.export.export(model, calibration[0], strict=True).module(), quantizer)
     for batch in calibration:
         prepared(*batch)
-    converted: nn.Module = convert_pt2e(prepared)
+    converted: torch.fx.GraphModule = convert_pt2e(prepared)
+    if not any("dequantize" in str(node.target) for node in converted.graph.nodes):
+        raise RuntimeError("the quantizer has quantized nothing")
     pt2e.move_exported_model_to_eval(converted)
     return converted
 

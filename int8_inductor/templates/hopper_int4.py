@@ -5,8 +5,8 @@ operand takes one byte, the same of every word: so each lane reads whole words, 
 between lanes, and K keeps its order, which the activation's boxes have too. A group of K is summed by itself and scaled in float32. Where tiles are
 few, K is split (see hopper_weights.py).
 
-On an H200, M = 16, against cuBLAS with a bfloat16 weight (in parentheses the Triton templates): 6144 x 4096 1.5 (1.5), 4096 x 4096 1.65 (1.5),
-28672 x 4096 2.3 (2.1), 4096 x 14336 2.1 (1.5). At M = 4 it is behind weight_stream.py but for 28672 x 4096.
+On an H200 (kernels in CUDA graphs, dependent launches), us, M = 16, in parentheses the Triton templates: 6144 x 4096 10.9 (11.0), 4096 x 4096 8.3
+(9.0), 28672 x 4096 27.3 (28.0), 4096 x 14336 17.3 (22.5). At M = 4 it is behind weight_stream.py.
 """
 
 from __future__ import annotations
