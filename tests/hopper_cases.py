@@ -85,15 +85,20 @@ def _box(name: str, job: Job) -> Any:
     return SimpleNamespace(get_size=lambda: size, get_stride=lambda: stride, get_dtype=lambda: dtype)
 
 
+def _tail(config: hopper.HopperConfig, **fields: Any) -> Tail:
+    """The longest; of products whose K is split in four a shorter one, as the kernel that has it is that of K in two but for a number."""
+    return dataclasses.replace(FAST if config.splits > 2 else LONGEST, **fields)
+
+
 JOBS = [
     *(Job(hopper_scaled_mm, config, LONGEST) for config in hopper_scaled_mm.CONFIGS),
     Job(hopper_scaled_mm, hopper_scaled_mm.CONFIGS[0], SIDE_BY_SIDE),
     *(Job(hopper_blocks.BLOCK_SCALED_MM, config, dataclasses.replace(LONGEST, a_scale=None, b_scale=None)) for config in hopper_blocks.CONFIGS),
     Job(hopper_blocks.BLOCK_SCALED_MM, hopper_blocks.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None, b_scale=None), k=K - 128),
     *(Job(hopper_blocks.INT8_INT4_MM, config, dataclasses.replace(LONGEST, b_scale=None)) for config in hopper_blocks.CONFIGS),
-    *(Job(hopper_weights, config, dataclasses.replace(LONGEST, a_scale=None), torch.bfloat16) for config in hopper_weights.CONFIGS),
+    *(Job(hopper_weights, config, _tail(config, a_scale=None), torch.bfloat16) for config in hopper_weights.CONFIGS),
     Job(hopper_weights, hopper_weights.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None), torch.float16),
-    *(Job(hopper_int4, config, dataclasses.replace(LONGEST, a_scale=None, b_scale=None), torch.bfloat16) for config in hopper_int4.CONFIGS),
+    *(Job(hopper_int4, config, _tail(config, a_scale=None, b_scale=None), torch.bfloat16) for config in hopper_int4.CONFIGS),
     Job(hopper_int4, hopper_int4.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None, b_scale=None), torch.float16),
 ]
 

@@ -6,7 +6,7 @@ between lanes, and K keeps its order, which the activation's boxes have too. A g
 few, K is split (see hopper_weights.py).
 
 On an H200 (kernels in CUDA graphs, dependent launches), us, M = 16, in parentheses the Triton templates: 6144 x 4096 10.9 (11.0), 4096 x 4096 8.3
-(9.0), 28672 x 4096 27.3 (28.0), 4096 x 14336 17.3 (22.5). At M = 4 it is behind weight_stream.py.
+(9.0), 28672 x 4096 27.3 (28.0), 4096 x 14336 17.7 (22.5). At M = 4 it is behind weight_stream.py.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ TILES = (
     HopperConfig(64, 1, 64, 5, programs=3),
     HopperConfig(64, 1, 128, 5, programs=2),
 )
-SPLITS = (1, 2, 4, 6)
+SPLITS = (1, 2, 4)
 CONFIGS = tuple(replace(tile, splits=splits) for tile in TILES for splits in SPLITS)
 LEAST_ROWS, MOST_ROWS = 5, 255
 """Of the activation: fewer are weight_stream.py's; beyond, the weight is expanded."""
