@@ -36,7 +36,11 @@ WEIGHT_CONFIGS = (
     dataclasses.replace(hopper_weights.TILES[0], splits=4),
     dataclasses.replace(hopper_weights.TILES[-1], splits=2),
 )
-INT4_CONFIGS = (*hopper_int4.TILES, dataclasses.replace(hopper_int4.TILES[0], splits=4), dataclasses.replace(hopper_int4.TILES[2], splits=2))
+INT4_CONFIGS = (
+    *hopper_int4.TILES,
+    dataclasses.replace(hopper_int4.TILES_OF_PARTS[0], splits=4),
+    dataclasses.replace(hopper_int4.TILES_OF_PARTS[2], splits=2),
+)
 """Those that run on a GPU: every tile, and two of each that are split."""
 
 

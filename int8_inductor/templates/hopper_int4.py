@@ -22,7 +22,7 @@ from .hopper import HopperConfig, Loop
 from .problem import Device, Problem, tiles
 from .tail import Tail
 
-__all__ = ["CONFIGS", "LOOP", "TILES", "is_legal", "template"]
+__all__ = ["CONFIGS", "LOOP", "TILES", "TILES_OF_PARTS", "is_legal", "template"]
 
 GROUP = 128
 """K of a group; two steps. Smaller groups are other templates'."""
@@ -103,15 +103,16 @@ LOOP = Loop(
     splits=True,
 )
 
-# As many programs as registers allow: each waits for its own products, and the others go on.
+# As many programs as registers allow: each waits for its own products, and the others go on. Of a split product the tail is another kernel's.
 TILES = (
     HopperConfig(64, 1, 16, 7, programs=4),
-    HopperConfig(64, 1, 32, 6, programs=4),
-    HopperConfig(64, 1, 64, 5, programs=3),
+    HopperConfig(64, 1, 32, 8, programs=3),
+    HopperConfig(64, 1, 64, 8, programs=2),
     HopperConfig(64, 1, 128, 5, programs=2),
 )
-SPLITS = (1, 2, 4)
-CONFIGS = tuple(replace(tile, splits=splits) for tile in TILES for splits in SPLITS)
+TILES_OF_PARTS = (*TILES[:2], HopperConfig(64, 1, 64, 5, programs=3), TILES[3])
+SPLITS = (2, 4)
+CONFIGS = (*TILES, *(replace(tile, splits=splits) for tile in TILES_OF_PARTS for splits in SPLITS))
 LEAST_ROWS, MOST_ROWS = 5, 255
 """Of the activation: fewer are weight_stream.py's; beyond, the weight is expanded."""
 LEAST_GROUPS = 4
