@@ -2,7 +2,7 @@
 needs Triton.
 
 Four bytes are one integer all the way: eight nibbles are spread over two integers' bytes by shifts and masks, and signed by three operations on four
-values at once. Byte by byte, the arithmetic took about as long as the memory (10.5 us for 6144 x 4096 on an H200).
+values at once. On an H200 6144 x 4096 takes 10.1 us, 10.6 byte by byte: what it takes is mostly the memory's.
 """
 
 from __future__ import annotations

@@ -45,13 +45,6 @@ class HopperConfig:
         threads = 128 * (self.parts + 1)
         return None if self.programs == 1 else 65536 // (self.programs * threads) // 8 * 8
 
-    @property
-    def part_registers(self) -> int:
-        """Those of a thread that multiplies, where two parts share what the warps that load have left of them."""
-        groups = self.parts + 1
-        shared = groups * (self.max_registers or 65536 // (128 * groups) // 8 * 8) - 24
-        return shared // self.parts // 8 * 8
-
 
 @dataclass(frozen=True)
 class Loop:
@@ -218,7 +211,6 @@ def launch_constants(loop: Loop, config: HopperConfig, problem: Problem) -> dict
         "TRIPS": -(-needed // steps),
         "SPLITS": config.splits,
         "WIDTH": min(WIDTH, config.columns),
-        "PART_REGISTERS": config.part_registers,
         "BYTES": loop.stage_bytes(config),
         "INSTRUCTION_N": min(config.columns, 128 if loop.instruction_k == 32 else 256),
     } | ({"TURNS": True} if config.turns else {})

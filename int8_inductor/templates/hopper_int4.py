@@ -19,7 +19,9 @@ from ..gluon.program import Box
 from ..gluon.template import GluonTemplate
 from . import hopper
 from .hopper import HopperConfig, Loop
+from .hopper_text import LEFT_OPERAND
 from .problem import Device, Problem, tiles
+from .rivals import EXPANDED_ROWS
 from .tail import Tail
 
 __all__ = ["CONFIGS", "LOOP", "TILES", "TILES_OF_PARTS", "is_legal", "template"]
@@ -58,10 +60,7 @@ def operand(box, dtype: tl.constexpr):
     words = tl.expand_dims(box.load(tl.SliceLayout(2, ROW_WORD_BYTE)), 2)
     byte = 0x4440 + tl.arange(0, 4, layout=tl.SliceLayout(0, tl.SliceLayout(0, ROW_WORD_BYTE)))
     words, byte = tl.broadcast(words, tl.expand_dims(tl.expand_dims(byte, 0), 0))
-    pairs = tl.reshape(floats(words, byte, dtype), [64, 32])
-    low = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return tl.convert_layout(tl.reshape(tl.join(low, high), [64, 64]), tl.DotOperandLayout(0, L, 2), assert_trivial=True)
+    return left_operand(tl.reshape(floats(words, byte, dtype), [64, 32]), dtype)
 '''
 
 # Past K both boxes are zeros, and so is the scale: the last group's may be infinite.
@@ -99,7 +98,7 @@ LOOP = Loop(
     steps=(2,),
     transposed=True,
     operands=("B_SCALE",),
-    functions=_FUNCTIONS,
+    functions=LEFT_OPERAND + _FUNCTIONS,
     splits=True,
 )
 
@@ -113,8 +112,8 @@ TILES = (
 TILES_OF_PARTS = (*TILES[:2], HopperConfig(64, 1, 64, 5, programs=3), TILES[3])
 SPLITS = (2, 4)
 CONFIGS = (*TILES, *(replace(tile, splits=splits) for tile in TILES_OF_PARTS for splits in SPLITS))
-LEAST_ROWS, MOST_ROWS = 5, 255
-"""Of the activation: fewer are weight_stream.py's; beyond, the weight is expanded."""
+LEAST_ROWS = 5
+"""Of the activation; fewer are weight_stream.py's, and from EXPANDED_ROWS on the weight is expanded."""
 LEAST_GROUPS = 4
 """Of a part of K."""
 TIMED = 2
@@ -127,7 +126,7 @@ def is_legal(config: HopperConfig, problem: Problem, device: Device, tail: Tail)
 
 def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[HopperConfig]:
     """The configs worth timing: of the narrowest tile that holds all rows, or else the widest, the most parts of K whose programs all run at once."""
-    if not LEAST_ROWS <= problem.m <= MOST_ROWS:
+    if not LEAST_ROWS <= problem.m < EXPANDED_ROWS:
         return []
     wide_enough = [tile.columns for tile in TILES if tile.columns >= problem.m] or [TILES[-1].columns]
     legal = [config for config in CONFIGS if config.columns == min(wide_enough) and is_legal(config, problem, device, tail)]

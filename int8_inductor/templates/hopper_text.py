@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DEPENDENT_LAUNCH", "MODULE", "STORE", "STORE_TRANSPOSED"]
+__all__ = ["DEPENDENT_LAUNCH", "LEFT_OPERAND", "MODULE", "STORE", "STORE_TRANSPOSED"]
 
 MODULE = """from triton.experimental import gluon
 from triton.experimental.gluon import language as tl
@@ -152,7 +152,7 @@ DEPENDENT_LAUNCH
             (load, (a_tiles, B_TILES, left_boxes, right_boxes, ready, free, M)),
         ],
         [{{"4, " if PARTS | int == 2}}1],
-        [{{PART_REGISTERS ~ ", " if PARTS | int == 2}}24],
+        [{{"240, " if PARTS | int == 2}}24],
     )
 """
 
@@ -169,3 +169,13 @@ STORE_TRANSPOSED = """y = tl.convert_layout(tl.permute(y.to(OUT.dtype.element_ty
 sm = first_right + tl.arange(0, COLUMNS, layout=tl.SliceLayout(1, STORED))
 sn = first_left + tl.arange(0, ROWS, layout=tl.SliceLayout(0, STORED))
 tl.store(OUT + sm.to(tl.int64)[:, None] * N + sn[None, :], y, mask=(sm < M)[:, None] & (sn < N)[None, :])"""
+
+LEFT_OPERAND = """
+
+@gluon.jit
+def left_operand(pairs, dtype: tl.constexpr):
+    # int32 of two floats each, where the tensor cores want them -> 64 rows and columns of floats, as a left operand in registers.
+    low = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.convert_layout(tl.reshape(tl.join(low, high), [64, 64]), tl.DotOperandLayout(0, L, 2), assert_trivial=True)
+"""

@@ -19,6 +19,7 @@ from ..gluon.program import Box
 from ..gluon.template import GluonTemplate
 from . import hopper
 from .hopper import HopperConfig, Loop
+from .hopper_text import LEFT_OPERAND
 from .problem import Device, Problem, tiles
 from .tail import Tail
 
@@ -56,10 +57,7 @@ def operand(box, dtype: tl.constexpr):
         reg_bases=[[8, 0], [0, 4], [0, 8], [0, 16]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 32],
     )
-    words = floats(box.load(PAIRS), dtype)
-    low = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return tl.convert_layout(tl.reshape(tl.join(low, high), [64, 64]), tl.DotOperandLayout(0, L, 2), assert_trivial=True)
+    return left_operand(floats(box.load(PAIRS), dtype), dtype)
 '''
 
 # Past K both boxes are zeros.
@@ -95,7 +93,7 @@ LOOP = Loop(
     instruction_k=16,
     steps=STEPS,
     transposed=True,
-    functions=_FUNCTIONS,
+    functions=LEFT_OPERAND + _FUNCTIONS,
     splits=True,
 )
 
