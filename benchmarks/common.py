@@ -10,6 +10,7 @@ import importlib.util
 import json
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def environment(device: torch.device, module: str, argv: list[str], commit: str 
     status = _output("git", "status", "--porcelain")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": " ".join(["python", "-m", module, *_without_places(argv)]),
+        "command": shlex.join(["python", "-m", module, *_without_places(argv)]),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "triton", "torchao", "timm", "transformers")},
         "device": _device_record(device), "threads": torch.get_num_threads(),

@@ -29,6 +29,17 @@ def plan_of(workloads: list[Workload], variants: list[Variant]) -> Plan:
     return sorted(pairs, key=lambda pair: (pair[2].rank, pair[0]))
 
 
+def workloads_of(workloads: tuple[Workload, ...], models: list[str], endings: str | None) -> list[Workload]:
+    """The workloads of `models`, those alone whose names end in one of `endings`."""
+    chosen = [each for each in workloads if each.model in models]
+    if endings is None:
+        return chosen
+    for ending in endings.split(","):
+        if not any(each.name.endswith(ending) for each in chosen):
+            raise SystemExit(f"--workloads: no name ends in {ending!r}; the names are {', '.join(repr(each.name) for each in chosen)}")
+    return [each for each in chosen if each.name.endswith(tuple(endings.split(",")))]
+
+
 def blank_row(workload: Workload, variant: Variant, place: tuple[int, int]) -> dict[str, Any]:
     """A row's names, before anything was measured."""
     return {
@@ -120,6 +131,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     models = list(dict.fromkeys(each.model for each in WORKLOADS))
     parser.add_argument("--models", help=f"comma-separated, from {', '.join(models)} (default: all but minilm; on a CPU minilm)")
+    parser.add_argument("--workloads", metavar="ENDINGS",
+                        help="comma-separated: of a model's workloads those alone whose names end so, as '1 x 128,32 x 1'")  # fmt: skip
     parser.add_argument("--variants", help=f"comma-separated, from {', '.join(each.name for each in VARIANTS)} (default: all)")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand weights, for tests on any machine")
     parser.add_argument("--warm-modes", action="store_true",
@@ -141,7 +154,7 @@ def main(argv: list[str] | None = None, variants: tuple[Variant, ...] = VARIANTS
     if options.models is None and not options.tiny:
         models = [each.model for each in workloads if each.default_on == device.type]
     names = common.choose(options.variants, [each.name for each in variants], "--variants")
-    plan = plan_of([each for each in workloads if each.model in models], [each for each in variants if each.name in names])
+    plan = plan_of(workloads_of(workloads, models, options.workloads), [each for each in variants if each.name in names])
     budget = Budget(options.seconds)
     common.prepare(device)
     record = common.environment(device, "benchmarks.models", argv, options.commit)

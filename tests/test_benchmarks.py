@@ -346,6 +346,16 @@ def test_models_that_run_without_being_asked_for(tmp_path: Path, monkeypatch: py
     assert chosen == ["MiniLM, 1 x 128", "MiniLM, 32 x 128"]
 
 
+def test_workloads_by_the_end_of_their_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(models, "plan_of", lambda workloads, variants: chosen.extend(each.name for each in workloads) or [])
+    argv = ["--device", "cpu", "--models", "llama,vit", "--out", str(tmp_path), "--workloads"]
+    assert models.main([*argv, "1 x 128,32 x 1"]) == 0
+    assert chosen == ["Llama x4 layers, 1 x 128", "Llama x4 layers, 32 x 1"]
+    with pytest.raises(SystemExit, match="no name ends in '32 x 2'; the names are 'ViT-B/16, batch 32', 'Llama x4 layers, 1 x 2048'"):
+        models.main([*argv, "1 x 128,32 x 2"])
+
+
 def test_minilm_embeds_texts_of_any_length_alike() -> None:
     if (reason := minilm.lacks()) is not None:
         pytest.skip(reason)
