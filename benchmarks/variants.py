@@ -120,6 +120,10 @@ def _ours(kind: str, rank: int, prepare: Prepare, mode: str) -> Variant:
     return Variant(f"ours-{kind}-{mode}", "ours", rank, prepare, mode, backend="int8_inductor")
 
 
+def _ours_frozen(kind: str, prepare: Prepare) -> Variant:
+    return Variant(f"ours-{kind}-frozen", "ours", 1, prepare, DEFAULT, backend="int8_inductor", freezing=True)
+
+
 VARIANTS: tuple[Variant, ...] = (
     Variant("stock-eager", "stock", 0, _as_it_is, None),
     Variant("stock-default", "stock", 0, _as_it_is, DEFAULT),
@@ -132,6 +136,8 @@ VARIANTS: tuple[Variant, ...] = (
     _ours("static", 1, _ours_static, TUNED),
     _ours("static", 2, _ours_static, GRAPHS),
     _ours("smooth-static", 3, _ours_smooth, DEFAULT),
+    _ours_frozen("dynamic", _ours_dynamic),
+    _ours_frozen("static", _ours_static),
     Variant("pt2e-static", "pt2e", 1, _pt2e_static, DEFAULT, lacks=_pt2e_lacks, freezing=True),
     Variant("torchao-dynamic-default", "torchao", 3, _torchao_dynamic, DEFAULT, lacks=_torchao_lacks),
     Variant("torchao-dynamic-reduce-overhead", "torchao", 3, _torchao_dynamic, GRAPHS, lacks=_torchao_lacks),

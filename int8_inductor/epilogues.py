@@ -15,7 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EPILOGUES", "Epilogue"]
+__all__ = ["EPILOGUES", "Epilogue", "PostOp"]
+
+
+@dataclass(frozen=True)
+class PostOp:
+    """What oneDNN's linear on a CPU calls an activation: name and algorithm. error: the most by which its float32 result is off, where relative
+    precision does not bound that. least: the least value of its results.
+    """
+
+    name: str
+    algorithm: str = "none"
+    error: float = 0.0
+    least: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Epilogue:
     triton: Triton statements that set the float32 tile `y` from the float32 tile `x`.
     triton_fast: the same for a result that is stored with less precision than float32, where something cheaper is exact enough; or ''.
     spellings: other eager functions that compute the same and that models write by hand; matched, never called.
+    onednn: the same as a part of oneDNN's linear, or None.
     """
 
     name: str
@@ -34,6 +47,7 @@ class Epilogue:
     triton: str
     triton_fast: str = ""
     spellings: tuple[Callable[[Tensor], Tensor], ...] = ()
+    onednn: PostOp | None = None
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -74,7 +88,7 @@ GELU_FIT = (
 )  # fmt: skip
 GELU_FIT_LIMIT = 5.5
 
-NONE = Epilogue("none", _identity, "y = x")
+NONE = Epilogue("none", _identity, "y = x", onednn=PostOp("none"))
 GELU = Epilogue(
     "gelu",
     F.gelu,
@@ -82,6 +96,7 @@ GELU = Epilogue(
     f"""u = tl.minimum(tl.abs(x), {GELU_FIT_LIMIT})
 y = libdevice.fast_dividef(x, 1.0 + tl.exp2(-x * ({_horner(GELU_FIT, "u")})))""",
     spellings=(_gelu_erf_by_hand,),
+    onednn=PostOp("gelu", error=1e-6, least=-0.17),
 )
 # 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u)), exactly, and without cancellation for negative u.
 GELU_TANH = Epilogue(
@@ -89,9 +104,16 @@ GELU_TANH = Epilogue(
     lambda x: F.gelu(x, approximate="tanh"),
     f"y = libdevice.fast_dividef(x, 1.0 + tl.exp2({-2.0 * _LOG2_E * math.sqrt(2.0 / math.pi)!r} * (x + 0.044715 * x * x * x)))",
     spellings=(_gelu_new,),
+    onednn=PostOp("gelu", "tanh", error=1e-6, least=-0.1701),
 )
 # NaN compares false, so it passes through, as in eager.
-RELU = Epilogue("relu", F.relu, "y = tl.where(x < 0.0, 0.0, x)")
-SILU = Epilogue("silu", F.silu, f"y = libdevice.fast_dividef(x, 1.0 + tl.exp2({-_LOG2_E!r} * x))", spellings=(_silu_by_hand,))
+RELU = Epilogue("relu", F.relu, "y = tl.where(x < 0.0, 0.0, x)", onednn=PostOp("relu", least=0.0))
+SILU = Epilogue(
+    "silu",
+    F.silu,
+    f"y = libdevice.fast_dividef(x, 1.0 + tl.exp2({-_LOG2_E!r} * x))",
+    spellings=(_silu_by_hand,),
+    onednn=PostOp("swish", least=-0.2785),
+)
 
 EPILOGUES: dict[str, Epilogue] = {e.name: e for e in (NONE, GELU, GELU_TANH, RELU, SILU)}

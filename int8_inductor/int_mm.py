@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from . import reference
 from ._compat import without_modes
 
-__all__ = ["exact_int_mm", "float_int_mm", "in_floats", "is_slow_on_this_cpu", "name_of_product", "padded_int_mm"]
+__all__ = ["exact_int_mm", "float_int_mm", "in_floats", "is_slow_on_this_cpu", "least_seconds", "name_of_product", "padded_int_mm"]
 
 # cuBLASLt's int8 product wants M > 16 and N and K in multiples of 8.
 _INT_MM_MIN_M = 17
@@ -81,7 +81,8 @@ SLOWER = 1.5
 """So many times as long as a float32 product, a product of int8 is not worth its fewer bytes."""
 
 
-def _least_seconds(run: Callable[[], Any]) -> float:
+def least_seconds(run: Callable[[], Any]) -> float:
+    """What `run` takes, the least of a few times."""
     times = []
     for _ in range(_TRIES):
         start = time.perf_counter()
@@ -96,7 +97,7 @@ def is_slow_on_this_cpu() -> bool:
     with without_modes(), torch.no_grad():
         a, b = (torch.full((rows, _SIDE), 3, dtype=torch.int8, device="cpu") for rows in (_ROWS, _SIDE))
         x, y = a.float(), b.float()
-        return _least_seconds(lambda: torch._int_mm(a, b.t())) > SLOWER * _least_seconds(lambda: torch.mm(x, y.t()))
+        return least_seconds(lambda: torch._int_mm(a, b.t())) > SLOWER * least_seconds(lambda: torch.mm(x, y.t()))
 
 
 FEW_ROWS = 2

@@ -17,7 +17,7 @@ from support import FLOATS, check_blocks, check_float, check_int8, examples, fre
 from torch import Tensor
 from torch._inductor.virtualized import V
 
-from int8_inductor import autotune, lowering, ops
+from int8_inductor import autotune, lowering, operands, ops
 from int8_inductor.templates import LOWERINGS, persistent, tiled, vector
 from int8_inductor.templates.persistent import PersistentConfig
 from int8_inductor.templates.problem import Device, Problem
@@ -166,7 +166,7 @@ def test_no_descriptors_where_cpp_launches_the_kernel(device: str, cpp_wrapper: 
     """AOTInductor would have the programs of one launch overwrite each other's descriptors."""
     graph: Any = SimpleNamespace(cpp_wrapper=cpp_wrapper, fx_wrapper=False)
     with V.set_graph_handler(graph):
-        found = lowering.device_of(torch.device(device), 4096)
+        found = operands.device_of(torch.device(device), 4096)
     expected = not cpp_wrapper and (device == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
     assert found.tma == expected
 

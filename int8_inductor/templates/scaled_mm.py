@@ -1,10 +1,12 @@
-"""How scaled_mm lowers: main loops on int8 operands, everything else in the tail; or around the product of int_mm.py."""
+"""How scaled_mm lowers: main loops on int8 operands, everything else in the tail; or around the product of int_mm.py,
+or oneDNN's linear where the weight is frozen."""
 
 from __future__ import annotations
 
 import functools
 
 from ..int_mm import exact_int_mm, name_of_product
+from ..prepacked import prepacked_linear
 from ..products.scaled_mm import SCALED_MM
 from . import hopper_scaled_mm, persistent, tiled, vector
 from .rivals import int_mm
@@ -20,4 +22,5 @@ LOWERING = Lowering(
     eager=functools.partial(SCALED_MM.eager, int_mm=exact_int_mm),
     eager_kernel=lambda problem, device: name_of_product(MANY if problem.static_m is None else problem.static_m, device),
     rival=int_mm,
+    prepacked=prepacked_linear,
 )
