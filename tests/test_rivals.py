@@ -156,18 +156,31 @@ def test_what_cuda_graphs_will_launch_is_timed_so(graphs: bool, monkeypatch: pyt
             steps.append("reset")
 
     @contextlib.contextmanager
-    def recording(graph: Graph, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local"
+    def recording(graph: Graph, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert (stream.name, capture_error_mode) == ("recorded", "thread_local")
         steps.append("record")
         yield
+
+    @contextlib.contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        steps.append(stream.name)
+        yield
+
+    def make() -> Any:
+        steps.append("make")
+        return lambda: steps.append("run")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(name="recorded", wait_stream=lambda stream: steps.append(f"after {stream}")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the one before")
+    monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(autotune, "_clock", lambda run: run() or 0.25)
     with inductor_config.patch({"triton.cudagraphs": graphs}):
-        assert autotune._clock_recorded(lambda: steps.append("run")) == 0.25
-    assert steps == (["run", "record", "run", "replay", "reset"] if graphs else ["run"])
+        assert autotune._clock_recorded(make) == 0.25
+    in_graph = ["after the one before", "recorded", "make", "run", "record", "run", "replay", "reset"]
+    assert steps == (in_graph if graphs else ["make", "run"])
 
 
 @gpu
@@ -177,4 +190,24 @@ def test_a_recorded_launch_takes_as_long() -> None:
     target = torch.empty_like(source)
     direct = autotune._clock(lambda: target.copy_(source))
     with inductor_config.patch({"triton.cudagraphs": True}):
-        assert 0.5 * direct < autotune._clock_recorded(lambda: target.copy_(source)) < 2 * direct
+        assert 0.5 * direct < autotune._clock_recorded(lambda: lambda: target.copy_(source)) < 2 * direct
+
+
+@gpu
+def test_kernels_of_inductor_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All candidates of a product take in a graph what they take launched one by one."""
+    pairs: list[tuple[float, float]] = []
+    recorded = autotune._clock_recorded
+
+    def both(make: Any) -> float:
+        pairs.append((recorded(make), autotune._clock(make())))
+        return pairs[-1][0]
+
+    monkeypatch.setattr(autotune, "_clock_recorded", both)
+    a, b = (torch.randint(-128, 128, (4096 + 128, 4096), dtype=torch.int8, device="cuda") for _ in range(2))
+    one = torch.ones(1, device="cuda")
+    compiled = run(lambda a, b: ops.scaled_mm(a, b, one, one, kernel_preference="triton"), a, b, mode="reduce-overhead")
+    assert torch.equal(compiled.output, torch._int_mm(a, b.t()).float())
+    assert len(pairs) >= 4
+    for graph_ms, direct_ms in pairs:
+        assert 0.7 * direct_ms < graph_ms < 1.3 * direct_ms
