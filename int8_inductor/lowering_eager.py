@@ -68,14 +68,13 @@ def _definition(call: Call) -> Callable[..., Any]:
 def lower_torch(call: Call) -> Any:
     """Lower the eager definition. What an activation computes is kept, not computed again by each that reads it."""
     node, given = V.graph.current_node, call.given
-    given["a"] = computed_once(given["a"])
     prepacked = call.lowering.prepacked(node, given["a"])
     kernel = str(prepacked) if prepacked is not None else call.lowering.eager_kernel(call.sizes, given["a"].get_device())
     if last_triton(call) is not None:
         kernel += f", chosen for M = {call.sizes.m}"
     record_kernel(node, kernel, call.tail(dict.fromkeys(call.in_tail, SCALAR)).describe())
-    if prepacked is None:
-        computed_once(given["b"])
+    if prepacked is not None and prepacked.reached is Reached.STORED:
+        return prepacked.box
     result = _rest(call, prepacked)
     if call.block_size:
         # Cut only once it is in memory: Inductor's C++ computes a wrong scale[i // block] where the size of i is no multiple of the block.
@@ -91,9 +90,7 @@ def _rest(call: Call, prepacked: Prepacked | None) -> Any:
     """What is left of a call of which something may have been computed."""
     present = {name: box for name, box in call.given.items() if hasattr(box, "get_dtype")}
     if prepacked is None:
-        return lower_eager(_definition(call), present)
-    if prepacked.reached is Reached.STORED:
-        return prepacked.box
+        return lower_eager(_definition(call), present | {name: computed_once(present[name]) for name in ("a", "b")})
     a: Tensor = argument(V.graph.current_node, "a").meta["val"]
     b: Tensor = argument(V.graph.current_node, "b").meta["val"]
     with V.fake_mode:

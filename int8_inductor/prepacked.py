@@ -1,6 +1,6 @@
 """Linears of a frozen graph on a CPU: oneDNN's linear on a weight that is packed for it when the graph is compiled.
 
-    scaled_mm(a, b, ...)  ->  onednn.qlinear_pointwise(a, packed b, ...) and what it leaves, in Inductor's code
+    scaled_mm(a, b, ...)  ->  onednn.qlinear_pointwise(a + 128, packed b, ...) and what it leaves, in Inductor's code
 
 With `torch._inductor.config.freezing` weights and static scales are constants of the compiled graph (Inductor's own INT8 path for x86 needs it
 as well). A static scale of the activation then goes into oneDNN's kernel with the weight's, bias, activation and, where it provably stores what the
@@ -12,25 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-import sympy
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
-from torch._inductor import ir
+from torch._inductor.codecache import BypassFxGraphCache
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import V
+from torch.fx import Graph, Node
 
-from . import ops, reference
-from .epilogues import EPILOGUES, PostOp
-from .int_mm import SLOWER, least_seconds
+from . import onednn, ops, reference
+from .epilogues import EPILOGUES
+from .onednn import Linear, Store
 
-__all__ = ["Prepacked", "Reached", "is_exact_and_fast", "prepacked_linear"]
+__all__ = ["Prepacked", "Reached", "keep_from_cache", "prepacked_linear"]
+
+aten = torch.ops.aten
 
 SMALLEST, LARGEST = 2.0**-126, 2.0**96
 """Products of both scales that oneDNN may have as one float32: normal numbers, and small enough that no sum of int8 products overflows (2^31)."""
@@ -59,41 +60,10 @@ class Prepacked:
         return f"onednn.qlinear_pointwise on a prepacked weight{others}"
 
 
-_ROWS, _SIDE = 64, 256
+# What is constant -----------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def is_exact_and_fast() -> bool:
-    """Whether oneDNN's int8 linear is exact on this machine, and faster than float32: measured once a process.
-
-    Before VNNI its instruction adds two products in 16 bits, saturated; some of its kernels are references, a second a call.
-    """
-    from ._compat import without_modes
-
-    if not torch.backends.mkldnn.is_available():
-        return False
-    with without_modes(), torch.no_grad():
-        exact = True
-        for value, zero_point in ((127, 0), (-128, 0), (127, -128), (-128, 127)):
-            a, b = torch.full((_ROWS, _SIDE), value, dtype=torch.int8), torch.full((_SIDE, _SIDE), -128, dtype=torch.int8)
-            exact = exact and bool((_product(a, _pack(b, _ROWS), zero_point) == _SIDE * (value - zero_point) * -128).all())
-        packed, x, y = _pack(b, _ROWS), a.float(), b.float()
-        return exact and least_seconds(lambda: _product(a, packed, 0)) < SLOWER * least_seconds(lambda: torch.mm(x, y.t()))
-
-
-def _pack(b: Tensor, rows: int | None) -> Tensor:
-    """b [N, K] in the layout that oneDNN wants for so many rows of the activation, or for any number: [K, N]."""
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(b.contiguous(), None if rows is None else [rows, b.shape[1]])
-    return packed
-
-
-def _product(a: Tensor, packed: Tensor, zero_point: int) -> Tensor:
-    ones, zeros = torch.ones(packed.shape[1]), torch.zeros(packed.shape[1], dtype=torch.int32)
-    sums: Tensor = torch.ops.onednn.qlinear_pointwise(a, 1.0, zero_point, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-    return sums
-
-
-def _named(node: torch.fx.Node) -> dict[str, Any]:
+def _named(node: Node) -> dict[str, Any]:
     """The arguments of a call of one of our operators."""
     assert isinstance(node.target, torch._ops.OpOverload)
     return ops.bound(node.target, node.args, node.kwargs)
@@ -101,12 +71,12 @@ def _named(node: torch.fx.Node) -> dict[str, Any]:
 
 def _frozen(value: Any) -> Tensor | None:
     """What an argument of a node is: a constant of the frozen graph, or None."""
-    if not isinstance(value, torch.fx.Node):
+    if not isinstance(value, Node):
         return None
     if value.op == "get_attr":
         constant: Any = operator.attrgetter(str(value.target))(V.graph.module)
         return constant.detach() if isinstance(constant, Tensor) else None
-    if value.target is torch.ops.aten.full.default and isinstance(value.args[1], (int, float)):
+    if value.target is aten.full.default and isinstance(value.args[1], (int, float)):
         fake: Tensor = value.meta["val"]
         return torch.full((1,), value.args[1], dtype=fake.dtype) if fake.numel() == 1 else None
     return None
@@ -117,121 +87,96 @@ def _number(value: Tensor | None) -> float | None:
     return float(value.item()) if value is not None and value.numel() == 1 else None
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """The constants of one linear. scale, zero_point: of the activation. bias: zeros where there is none."""
-
-    weight: Tensor
-    weight_scale: Tensor
-    scale: float
-    zero_point: int
-    bias: Tensor
-    post_op: PostOp
-
-
-def _static(weight: Tensor, named: Mapping[str, Any]) -> _Linear | None:
+def _static(weight: Tensor, named: dict[str, Any]) -> Linear | None:
     """The linear of a product whose scales and bias are all constants that oneDNN's kernel takes, or None."""
     rows, post_op = weight.shape[0], EPILOGUES[named["activation"]].onednn
     scale, weight_scale = _number(_frozen(named["a_scale"])), _frozen(named["b_scale"])
     if scale is None or weight_scale is None or post_op is None:
         return None
-    zero_point = bias = None
-    if named["a_zero_point"] is not None and (zero_point := _number(_frozen(named["a_zero_point"]))) is None:
+    zero_point = 0.0 if named["a_zero_point"] is None else _number(_frozen(named["a_zero_point"]))
+    bias = torch.zeros(rows) if named["bias"] is None else _frozen(named["bias"])
+    if zero_point is None or bias is None:
         return None
-    if named["bias"] is not None and (bias := _frozen(named["bias"])) is None:
-        return None
-    weight_scale = weight_scale.reshape(-1).float().expand(rows).contiguous()
+    weight_scale, bias = weight_scale.reshape(-1).float().expand(rows).contiguous(), bias.reshape(-1).float().contiguous()
     products = weight_scale * scale
-    shift = torch.zeros(rows) if bias is None else bias.reshape(-1).float().contiguous()
-    if not bool(((products >= SMALLEST) & (products <= LARGEST)).all() and shift.isfinite().all()):
+    if not bool(((products >= SMALLEST) & (products <= LARGEST)).all() and bias.isfinite().all()):
         return None
-    return _Linear(weight, weight_scale, scale, int(zero_point or 0), shift, post_op)
+    return Linear(weight, weight_scale, scale, int(zero_point), bias, post_op)
 
 
-@dataclass(frozen=True)
-class _Store:
-    """How oneDNN's kernel stores a result."""
-
-    dtype: torch.dtype = torch.float32
-    scale: float = 1.0
-    zero_point: int = 0
-
-
-def _store(linear: _Linear, named: Mapping[str, Any]) -> _Store | None:
-    """How the kernel stores what the eager definition does, where it can: as float32 or bfloat16, or as int8 by a constant scale that is coarse
+def _store(linear: Linear, named: dict[str, Any]) -> Store | None:
+    """How the kernel stores what the eager definition does, where it can: as float32 or bfloat16, or as 8 bits by a constant scale that is coarse
     beside the post-op's error, and where nothing would be stored below the smallest value that is allowed.
     """
     if "block_size" in named:
         return None
     if named["out_scale"] is None:
         dtype = named["out_dtype"] or torch.float32
-        return _Store(dtype) if dtype in (torch.float32, torch.bfloat16) else None
+        return Store(dtype) if dtype in (torch.float32, torch.bfloat16) else None
     scale = _number(_frozen(named["out_scale"]))
     zero_point = 0.0 if named["out_zero_point"] is None else _number(_frozen(named["out_zero_point"]))
-    if scale is None or zero_point is None or not STEPS * linear.post_op.error <= scale < LARGEST or scale < SMALLEST:
+    if scale is None or zero_point is None or not max(SMALLEST, STEPS * linear.post_op.error) <= scale <= LARGEST:
         return None
     least = linear.post_op.least / scale + zero_point
     if named["out_quant_min"] != reference.INT8_MIN and not least > reference.SYMMETRIC_MIN:
         return None
-    return _Store(torch.int8, scale, int(zero_point))
-
-
-def _constant(t: Tensor, name: str) -> Any:
-    return V.graph.add_tensor_constant(t, name=name)
-
-
-def _call(a: Any, linear: _Linear, store: _Store) -> Any:
-    """The box of oneDNN's kernel."""
-    name = V.graph.current_node.name
-    rows = a.get_size()[0]
-    packed = _constant(_pack(linear.weight, int(rows) if isinstance(rows, (int, sympy.Integer)) else None), f"{name}_packed")
-    scale = _constant(linear.weight_scale, f"{name}_scale")
-    zeros = _constant(torch.zeros(linear.weight.shape[0], dtype=torch.int32), f"{name}_zeros")
-    bias = _constant(linear.bias, f"{name}_bias") if linear.bias.any() else None
-    lower = lowerings[torch.ops.onednn.qlinear_pointwise.tensor]
-    # Where a has a stride of 0 oneDNN computes something else.
-    activation, stored = (linear.scale, linear.zero_point), (store.scale, store.zero_point, store.dtype)
-    post_op: tuple[Any, ...] = (linear.post_op.name, [], linear.post_op.algorithm)
-    return lower(ir.ExternKernel.require_contiguous(a), *activation, packed, scale, zeros, bias, *stored, *post_op)
+    return Store(torch.uint8, scale, int(zero_point))
 
 
 @dataclass(frozen=True)
 class _Kernel:
     """What one call of oneDNN's kernel computes for a linear."""
 
-    linear: _Linear
-    store: _Store
+    linear: Linear
+    store: Store
     reached: Reached
 
     def suits(self, other: _Kernel) -> bool:
         """Whether one call can compute both, of the same activation."""
-        one, two = (dataclasses.replace(each.linear, weight=_NONE, weight_scale=_NONE, bias=_NONE) for each in (self, other))
-        return one == two and self.store == other.store and self.reached is other.reached
+        one, two = ((each.linear.scale, each.linear.zero_point, each.linear.post_op, each.store, each.reached) for each in (self, other))
+        return one == two
 
 
-_NONE = torch.empty(0)
-
-
-def _kernel(node: torch.fx.Node) -> _Kernel | None:
+def _kernel(node: Node) -> _Kernel | None:
     """What oneDNN computes of the scaled_mm `node`, or None."""
     named = _named(node)
     if named["b_zero_point"] is not None or (weight := _frozen(named["b"])) is None:
         return None
     if (linear := _static(weight, named)) is not None:
         store = _store(linear, named)
-        return _Kernel(linear, _Store(), Reached.ACTIVATED) if store is None else _Kernel(linear, store, Reached.STORED)
+        return _Kernel(linear, Store(), Reached.ACTIVATED) if store is None else _Kernel(linear, store, Reached.STORED)
     if named["a_zero_point"] is not None:
         return None  # it would be corrected in int32, which sums in float32 are not above 2^24
-    rows = weight.shape[0]
-    return _Kernel(_Linear(weight, torch.ones(rows), 1.0, 0, torch.zeros(rows), PostOp("none")), _Store(), Reached.SUMS)
+    return _Kernel(Linear(weight, torch.ones(weight.shape[0])), Store(), Reached.SUMS)
+
+
+# The activation -------------------------------------------------------------------------------------------------------------------
+
+_UNSIGNED = "int8_inductor_unsigned"
+"""Key of a node's meta: the box of what it computes, as uint8."""
+
+
+def _unsigned(node: Node, box: Any) -> Any:
+    """The int8 box of `node` as uint8: what a linear has stored so, what another reader has had computed, or computed now."""
+    source = node
+    while _UNSIGNED not in source.meta and source.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        assert isinstance(source.args[0], Node)
+        source = source.args[0]
+    if source is not node and _UNSIGNED in source.meta:
+        return lowerings[aten.reshape](source.meta[_UNSIGNED], box.get_size())
+    if _UNSIGNED not in node.meta:
+        node.meta[_UNSIGNED] = onednn.unsigned(box)
+    return node.meta[_UNSIGNED]
 
 
 def _same(x: Any, y: Any) -> bool:
     """Whether two arguments of nodes have the same value: the same node, equal constants, or the same operator on the same values. Linears of one
     activation have scales of their own, which calibration has made equal.
     """
-    if x is y or not isinstance(x, torch.fx.Node) or not isinstance(y, torch.fx.Node):
-        return bool(x is y or (type(x) is type(y) and not isinstance(x, torch.fx.Node) and x == y))
+    if not isinstance(x, Node) or not isinstance(y, Node):
+        return type(x) is type(y) and bool(x == y)
+    if x is y:
+        return True
     one, two = _frozen(x), _frozen(y)
     if one is not None and two is not None:
         return one.dtype == two.dtype and torch.equal(one, two)
@@ -239,7 +184,19 @@ def _same(x: Any, y: Any) -> bool:
     return pure and len(x.args) == len(y.args) and x.kwargs == y.kwargs and all(map(_same, x.args, y.args))
 
 
-def _neighbours(node: torch.fx.Node, kernel: _Kernel) -> dict[torch.fx.Node, _Kernel]:
+# Calls ----------------------------------------------------------------------------------------------------------------------------
+
+FEW_ROWS = 512
+"""Up to so many rows linears of one activation are one call: on eight cores 128 x 1152 x 384 takes 54 us, 128 x 384 x 384 45. With 4096 rows three
+calls are faster: their results need no new memory.
+"""
+SMALL = 2**27
+"""Of fewer multiply-adds a call's own 20 us count: aten._int_mm with 128 x 384 x 384 takes 23 us, and what follows it is part of a kernel anyway."""
+_PART = "int8_inductor_part"
+"""Key of a node's meta: its linear, where a neighbour's lowering has computed that."""
+
+
+def _neighbours(node: Node, kernel: _Kernel) -> dict[Node, _Kernel]:
     """`node` and the scaled_mm after it, as far as one call can compute them all."""
     found, nodes = {node: kernel}, node.graph.find_nodes(op="call_function", target=node.target)
     for each in nodes[nodes.index(node) + 1 :]:
@@ -250,44 +207,65 @@ def _neighbours(node: torch.fx.Node, kernel: _Kernel) -> dict[torch.fx.Node, _Ke
     return found
 
 
-def _side_by_side(linears: Sequence[_Linear]) -> _Linear:
+def _side_by_side(linears: Sequence[Linear]) -> Linear:
     """Linears of one activation as one."""
-    weight, weight_scale, bias = (torch.cat([getattr(each, name) for each in linears]) for name in ("weight", "weight_scale", "bias"))
-    return dataclasses.replace(linears[0], weight=weight, weight_scale=weight_scale, bias=bias)
+    weight, weight_scale = torch.cat([each.weight for each in linears]), torch.cat([each.weight_scale for each in linears])
+    bias = [each.bias for each in linears if each.bias is not None]
+    return dataclasses.replace(linears[0], weight=weight, weight_scale=weight_scale, bias=torch.cat(bias) if bias else None)
 
 
-FEW_ROWS = 512
-"""Up to so many rows a call's own time counts: on eight cores 128 x 1152 x 384 takes 52 us, 128 x 384 x 384 45. With 4096 rows three calls are faster:
-their results need no new memory.
-"""
-_PART = "int8_inductor_part"
-"""Key of a node's meta: its linear, where a neighbour's lowering has computed that."""
-
-
-def _lower_neighbours(node: torch.fx.Node, a: Any, kernel: _Kernel) -> None:
-    """Lower `node` and its neighbours as one call, and note the columns of each, if it has any and they are worth that."""
-    rows = a.get_size()[0]
-    if not isinstance(rows, (int, sympy.Integer)) or rows > FEW_ROWS or not kernel.store.dtype.is_floating_point:
-        return
-    neighbours = _neighbours(node, kernel)
-    if len(neighbours) < 2:
-        return
-    box, first = _call(a, _side_by_side([each.linear for each in neighbours.values()]), kernel.store), 0
-    for each, one in neighbours.items():
+def _lower(node: Node, a: Any, kernels: dict[Node, _Kernel]) -> None:
+    """Lower linears of one activation as one call, and note the columns of each."""
+    kernel, first = next(iter(kernels.values())), 0
+    box = onednn.lower_linear(_unsigned(_named(node)["a"], a), _side_by_side([each.linear for each in kernels.values()]), kernel.store)
+    for each, one in kernels.items():
         last = first + one.linear.weight.shape[0]
-        each.meta[_PART] = Prepacked(lowerings[torch.ops.aten.slice](box, 1, first, last), kernel.reached, len(neighbours))
+        part = box if len(kernels) == 1 else lowerings[aten.slice](box, 1, first, last)
+        if kernel.store.dtype == torch.uint8:
+            each.meta[_UNSIGNED], part = part, onednn.signed(part)
+        each.meta[_PART] = Prepacked(part, kernel.reached, len(kernels))
         first = last
 
 
-def prepacked_linear(node: torch.fx.Node, a: Any) -> Prepacked | None:
+def _pays(kernel: _Kernel, rows: int | None, side_by_side: int) -> bool:
+    """Whether a call of oneDNN's kernel is faster than aten._int_mm and what follows it."""
+    computes = kernel.linear.post_op.name != "none" or side_by_side > 1
+    return computes or rows is None or rows * kernel.linear.weight.numel() >= SMALL
+
+
+def prepacked_linear(node: Node, a: Any) -> Prepacked | None:
     """What oneDNN computes of the scaled_mm `node`, whose activation lowers to the box `a`; None where its weight is no constant of a frozen graph,
-    or this CPU has no exact kernel.
+    this CPU has no exact kernel, or aten._int_mm is faster.
     """
-    if not inductor_config.freezing or V.graph.cpp_wrapper or a.get_device().type != "cpu" or not is_exact_and_fast():
+    if not inductor_config.freezing or V.graph.cpp_wrapper or a.get_device().type != "cpu" or not onednn.is_exact_and_fast():
         return None
     if _PART not in node.meta and (kernel := _kernel(node)) is not None:
-        _lower_neighbours(node, a, kernel)
-        if _PART not in node.meta:
-            return Prepacked(_call(a, kernel.linear, kernel.store), kernel.reached)
+        rows = onednn.static_rows(a)
+        few = rows is not None and rows <= FEW_ROWS and kernel.store.dtype.is_floating_point
+        kernels = _neighbours(node, kernel) if few else {node: kernel}
+        if _pays(kernel, rows, len(kernels)):
+            _lower(node, a, kernels)
     part: Prepacked | None = node.meta.get(_PART)
     return part
+
+
+class _Uncached:
+    """What a graph module holds to be kept out of Inductor's cache on disk: whoever hashes it is told to do without."""
+
+    def __deepcopy__(self, memo: Any) -> _Uncached:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise BypassFxGraphCache("weights packed by oneDNN cannot be written")
+
+
+def keep_from_cache(graph: Graph) -> None:
+    """Have Inductor keep a joint graph whose weights will be packed out of its cache on disk, as it does with its own packed weights: they cannot be
+    written, and what is made of the constants' values here is no part of the cache's key.
+    """
+    if not inductor_config.freezing:
+        return
+    devices = {_named(node)["a"].meta["val"].device.type for node in graph.nodes if node.target in ops.STORING}
+    if "cpu" in devices and onednn.is_exact_and_fast():
+        assert graph.owning_module is not None
+        graph.owning_module._int8_inductor_uncached = _Uncached()  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from .. import config, ops
 from ..explain import TAG, publish
 from ..kernels import KernelPreference, parse
+from ..prepacked import keep_from_cache
 from .base import argument, aten, val
 from .context import Context, current, running
 from .dialects import find_dequant
@@ -108,6 +109,7 @@ class Int8Pass(CustomGraphPass):
             use_fewer_instructions(graph)  # replaces quants that the ledger knows by their nodes
             report.entries.extend(embed_patches(graph))
             graph.eliminate_dead_code()
+            keep_from_cache(graph)
             publish(report)
 
     def uuid(self) -> Any:
