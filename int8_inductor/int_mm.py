@@ -81,10 +81,10 @@ SLOWER = 1.5
 """So many times as long as a float32 product, a product of int8 is not worth its fewer bytes."""
 
 
-def least_seconds(run: Callable[[], Any]) -> float:
+def least_seconds(run: Callable[[], Any], tries: int = _TRIES) -> float:
     """What `run` takes, the least of a few times."""
     times = []
-    for _ in range(_TRIES):
+    for _ in range(tries):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

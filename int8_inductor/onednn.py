@@ -28,23 +28,35 @@ __all__ = ["Linear", "Store", "is_exact_and_fast", "lower_linear", "signed", "st
 
 OFFSET = 128
 """What an unsigned value is more than the signed one."""
-_ROWS, _SIDE = 64, 256
+_ROWS, _SIDE = 256, 512
+"""Sizes of what is timed: large enough that a call's own 20 us count for little."""
+REFERENCE = 20
+"""So many times as long as float32, it is a reference kernel, which is not called again."""
 
 
 @functools.cache
 def is_exact_and_fast() -> bool:
-    """Whether the kernel is exact on this machine, and not slower than float32: measured once a process.
-
-    Before VNNI its instruction adds two products in 16 bits, saturated; some of its kernels are references, a second a call.
-    """
+    """Whether the kernel is exact on this machine, and not slower than float32: found out once a process."""
     if not torch.backends.mkldnn.is_available():
         return False
     with without_modes(), torch.no_grad():
-        a, b = (torch.full((rows, _SIDE), value, dtype=dtype) for rows, value, dtype in ((_ROWS, 255, torch.uint8), (_SIDE, -128, torch.int8)))
-        packed = pack(b, _ROWS)
-        exact = all(bool((product(a, packed, shift) == _SIDE * (255 - shift) * -128).all()) for shift in (0, OFFSET, 255))
-        x, y = a.float(), b.float()
-        return exact and least_seconds(lambda: product(a, packed, OFFSET)) < SLOWER * least_seconds(lambda: torch.mm(x, y.t()))
+        return _is_exact() and _is_fast()
+
+
+def _is_exact() -> bool:
+    """Before VNNI its instruction adds two products in 16 bits, saturated."""
+    a, b = torch.full((8, 64), 255, dtype=torch.uint8), torch.full((64, 64), -128, dtype=torch.int8)
+    packed = pack(b, len(a))
+    return all(bool((product(a, packed, shift) == 64 * (255 - shift) * -128).all()) for shift in (0, OFFSET, 255))
+
+
+def _is_fast() -> bool:
+    """Some kernels are references, a second a call: one call is enough to tell those."""
+    a, b = torch.full((_ROWS, _SIDE), 3, dtype=torch.uint8), torch.full((_SIDE, _SIDE), 3, dtype=torch.int8)
+    packed, x, y = pack(b, _ROWS), a.float(), b.float()
+    floats = least_seconds(lambda: torch.mm(x, y.t()))
+    once = least_seconds(lambda: product(a, packed, OFFSET), 2)
+    return once < REFERENCE * floats and min(once, least_seconds(lambda: product(a, packed, OFFSET))) < SLOWER * floats
 
 
 def pack(b: Tensor, rows: int | None) -> Tensor:

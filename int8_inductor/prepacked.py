@@ -165,8 +165,19 @@ def _unsigned(node: Node, box: Any) -> Any:
     if source is not node and _UNSIGNED in source.meta:
         return lowerings[aten.reshape](source.meta[_UNSIGNED], box.get_size())
     if _UNSIGNED not in node.meta:
-        node.meta[_UNSIGNED] = onednn.unsigned(box)
+        node.meta[_UNSIGNED] = _unsigned_before(node) or onednn.unsigned(box)
     return node.meta[_UNSIGNED]
+
+
+def _unsigned_before(node: Node) -> Any:
+    """The same for a node of the same value that one of the last linears has read, or None: Q, K and V quantize one activation each for itself."""
+    linears = [each for each in node.graph.find_nodes(op="call_function", target=ops.scaled_mm) if each < min(node.users)]
+    read = [_named(each)["a"] for each in linears[-LATELY:]]
+    return next((each.meta[_UNSIGNED] for each in read if _UNSIGNED in each.meta and _same(each, node)), None)
+
+
+LATELY = 4
+"""How many linears back: what they have read is still in a cache."""
 
 
 def _same(x: Any, y: Any) -> bool:

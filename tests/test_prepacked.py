@@ -36,7 +36,7 @@ from int8_inductor import (
 )
 from int8_inductor.epilogues import EPILOGUES
 
-EXACT = onednn.is_exact_and_fast
+EXACT: Any = onednn.is_exact_and_fast
 KERNEL = "torch.ops.onednn.qlinear_pointwise"
 
 
@@ -231,14 +231,37 @@ def test_post_ops(activation: str) -> None:
     assert got.min() >= post_op.least
 
 
-def test_an_inexact_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    EXACT.cache_clear()
+    yield
+    EXACT.cache_clear()
+
+
+def test_an_inexact_kernel_is_found(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     product = onednn.product
+    monkeypatch.setattr(onednn, "_is_fast", lambda: True)
     monkeypatch.setattr(onednn, "product", lambda a, packed, zero_point: product(a, packed, zero_point).clamp(-(2**20), 2**20))
-    EXACT.cache_clear()  # type: ignore[attr-defined]
-    try:
-        assert not EXACT()
-    finally:
-        EXACT.cache_clear()  # type: ignore[attr-defined]
+    assert not EXACT()
+
+
+@pytest.mark.parametrize(("milliseconds", "fast", "calls"), [(0, True, 7), (60, False, 7), (2000, False, 2)])
+def test_a_slow_kernel_is_found(milliseconds: float, fast: bool, calls: int, asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a float32 product of 20 ms; one of a hundred times as long is called twice."""
+    counted: list[Any] = []
+    seconds = {"mm": 0.02, "product": milliseconds / 1000}
+    now = [0.0]
+
+    def advance(name: str) -> Any:
+        counted.append(name)
+        now[0] += seconds[name]
+
+    monkeypatch.setattr(onednn, "_is_exact", lambda: True)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "mm", lambda *given: advance("mm"))
+    monkeypatch.setattr(onednn, "product", lambda *given: advance("product"))
+    assert EXACT() is fast
+    assert counted.count("product") == calls
 
 
 # Where it is not used -------------------------------------------------------------------------------------------------------------
@@ -366,6 +389,7 @@ def test_linears_of_one_activation_are_one_call_where_rows_are_few(config: Any, 
     x = torch.randn(batch, 16, 64)
     compiled = check_model(quantized(Attention(), config, x), x)
     assert len(calls(compiled)) == (2 if joined else 4)
+    assert len({re.search(r"tensor\((\w+)", call).group(1) for call in calls(compiled)[:3]}) == (2 if joined else 1)  # type: ignore[union-attr]
     assert str(compiled.report).count(", 3 side by side") == (3 if joined else 0)
     assert str(compiled.report).count("onednn.qlinear_pointwise on a prepacked weight") == 4
     compiled.check_report(linear={"rewritten": 4}, quant=compiled.report.counts()["quant"], dequant={"rewritten": 8})
