@@ -42,7 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU, unless this is a run of just that."""
+    """Leave out what needs a GPU, unless this is a run of just that. What takes long comes first: at the end one of several processes would be waited
+    for.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if on_gpu(config):
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]

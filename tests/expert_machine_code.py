@@ -86,7 +86,7 @@ def compile_all(jobs: Sequence[ExpertJob]) -> list[MachineCode]:
         inputs, outputs = Path(folder, "jobs.json"), Path(folder, "results.json")
         inputs.write_text(json.dumps([asdict(job) for job in jobs]))
         command = [sys.executable, __file__, str(inputs), str(outputs)]
-        env |= {"TRITON_CACHE_DIR": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
+        env |= {"TRITON_CACHE_DIR": folder, "TRITON_DISABLE_LINE_INFO": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         return [MachineCode(**each) for each in json.loads(outputs.read_text())]

@@ -128,7 +128,7 @@ def compile_jobs(jobs: Sequence[Job]) -> list[Code]:
         inputs, outputs = Path(folder, "jobs.json"), Path(folder, "results.json")
         inputs.write_text(json.dumps([job.program() for job in jobs]))
         command = [sys.executable, __file__, str(inputs), str(outputs)]
-        env |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1"}
+        env |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DISABLE_LINE_INFO": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         return [Code(**each) for each in json.loads(outputs.read_text())]

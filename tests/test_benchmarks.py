@@ -270,6 +270,7 @@ def test_caches_are_fresh_for_each_variant_unless_modes_share_them(tmp_path: Pat
         assert run.cache_directory(str(root), (1, 0), first) not in directories
 
 
+@pytest.mark.long
 def test_a_second_process_compiles_nothing_and_tunes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     workload = next(each for each in TINY if each.model == "llama")

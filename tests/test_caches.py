@@ -270,6 +270,7 @@ def edited(file: Path, old: str, new: str) -> Iterator[None]:
         file.write_text(text)
 
 
+@pytest.mark.long
 def test_a_second_process_hits_and_an_edited_source_does_not(tmp_path: Path) -> None:
     """Template kernels and C++, saved by one process, run in another; a changed epilogue is compiled anew, and its own result comes out."""
     shutil.copytree(PACKAGE, tmp_path / "copy" / "int8_inductor", ignore=shutil.ignore_patterns("__pycache__"))

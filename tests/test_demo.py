@@ -186,6 +186,7 @@ def test_no_text_of_the_chart_lies_on_another(monkeypatch):
     assert outside == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_quick_run_writes_table_json_and_chart(device, tmp_path):
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -71,6 +71,7 @@ def compiled() -> list[tuple[str, ExpertJob, MachineCode]]:
     return [(layout, job, code) for (layout, job), code in zip(wanted, codes, strict=True)]
 
 
+@pytest.mark.long
 def test_every_kernel_is_there_and_fits() -> None:
     assert {job.kernel for _, job, _ in compiled()} == {"prepare", "place", "schedule", "gate_up", "down", "grouped", "combine"}
     for _, job, code in compiled():

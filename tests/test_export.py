@@ -101,6 +101,7 @@ print(json.dumps([errors, [name for name in sys.modules if name.split(".")[0] ==
 """
 
 
+@pytest.mark.long
 def test_an_aotinductor_package_runs_without_this_library(tmp_path: Path) -> None:
     """Made with config.register_passes in plain C++, with a dynamic batch; loaded and run by a process that has never imported int8_inductor."""
     counts = python_json(PACKAGE, tmp_path)

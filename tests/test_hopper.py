@@ -138,6 +138,7 @@ def test_a_result_that_is_not_aligned_is_refused() -> None:
 # Machine code ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_machine_code() -> None:
     """Every config with the longest tail: on sm_90's own tensor-core instruction, in flight, within registers and shared memory."""
     for job, code in zip(JOBS, compile_jobs(JOBS), strict=True):

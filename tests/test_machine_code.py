@@ -183,6 +183,7 @@ def instructions(case: Case, capability: int) -> str:
     return rf"mma\.sync\..*\.s32\.s8\.s8\.s32{own}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capabilities", [(80,), (90,), (86, 89, 100, 120)], ids=str)
 def test_machine_code(capabilities: tuple[int, ...], rendered: dict[tuple[str, int, ModuleType], str]) -> None:
     """Those that have few kernels of their own in one process, which takes longer to start than some of them to compile."""

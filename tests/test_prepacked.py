@@ -150,7 +150,7 @@ BIAS = st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16])
 SCALES = st.sampled_from([(0.01, 0.01), (1e-30, 1e25), (1e30, 1e-28), (1e-4, 3.0), (0.0, 0.01)])
 
 
-@examples(12)
+@examples(8)
 @given(
     m=SIZES, n=SIZES, k=SIZES, static=st.booleans(), zero_point=st.sampled_from([None, 0, -128, 5, 127]), bias=BIAS, activation=ACTIVATIONS,
     out_dtype=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]), layout=LAYOUT, weight_layout=LAYOUT, scales=SCALES,
@@ -165,7 +165,7 @@ def test_floats(scales: tuple[float, float], **drawn: Any) -> None:
         assert not case.check().has(KERNEL)
 
 
-@examples(12)
+@examples(8)
 @given(
     m=SIZES, n=SIZES, k=SIZES, static=st.booleans(), zero_point=st.sampled_from([None, -7]), bias=BIAS, activation=ACTIVATIONS,
     out_scale=st.sampled_from([1e-6, 1e-3, 0.002, 0.05, 1.0, 1e30]), out_zero_point=st.sampled_from([None, -128, 3, 127]),

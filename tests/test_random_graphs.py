@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import pytest
 import torch
 from dialect_cases import DIALECTS, TORCHAO
 from hypothesis import given, note
@@ -48,6 +49,7 @@ def check_invariants(program: Program, compiled: Compiled) -> None:
         assert bool(entry.kernel) == (entry.kind == "linear" and entry.status == "rewritten"), entry
 
 
+@pytest.mark.long
 @examples(25)
 @given(program=programs(EVERY_DIALECT))
 def test_random_graphs_give_what_eager_gives(device: str, program: Program) -> None:

@@ -113,6 +113,7 @@ def problems(case: Case, capability: int, code: MachineCode) -> Iterator[str]:
         yield f"tensor-core instructions {code.mma}, not {wanted}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capability", [80, 90])
 def test_machine_code(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = list(cases(capability))
