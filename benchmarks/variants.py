@@ -128,6 +128,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("stock-eager", "stock", 0, _as_it_is, None),
     Variant("stock-default", "stock", 0, _as_it_is, DEFAULT),
     Variant("stock-max-autotune", "stock", 0, _as_it_is, TUNED),
+    Variant("stock-frozen", "stock", 0, _as_it_is, DEFAULT, freezing=True),
     Variant("stock-reduce-overhead", "stock", 0, _as_it_is, GRAPHS),
     _ours("dynamic", 0, _ours_dynamic, DEFAULT),
     _ours("dynamic", 0, _ours_dynamic, TUNED),
