@@ -150,7 +150,7 @@ BIAS = st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16])
 SCALES = st.sampled_from([(0.01, 0.01), (1e-30, 1e25), (1e30, 1e-28), (1e-4, 3.0), (0.0, 0.01)])
 
 
-@examples(8)
+@examples(6)
 @given(
     m=SIZES, n=SIZES, k=SIZES, static=st.booleans(), zero_point=st.sampled_from([None, 0, -128, 5, 127]), bias=BIAS, activation=ACTIVATIONS,
     out_dtype=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]), layout=LAYOUT, weight_layout=LAYOUT, scales=SCALES,
@@ -165,7 +165,7 @@ def test_floats(scales: tuple[float, float], **drawn: Any) -> None:
         assert not case.check().has(KERNEL)
 
 
-@examples(8)
+@examples(6)
 @given(
     m=SIZES, n=SIZES, k=SIZES, static=st.booleans(), zero_point=st.sampled_from([None, -7]), bias=BIAS, activation=ACTIVATIONS,
     out_scale=st.sampled_from([1e-6, 1e-3, 0.002, 0.05, 1.0, 1e30]), out_zero_point=st.sampled_from([None, -128, 3, 127]),
@@ -189,10 +189,9 @@ def _is_stored(case: Case) -> bool:
     return case.static and coarse and (case.quant_min == -128 or least > -127)
 
 
-@pytest.mark.parametrize("rows", [3, 40])
-def test_any_number_of_rows(rows: int) -> None:
+def test_any_number_of_rows() -> None:
     """Compiled for one, run with another, and with none."""
-    case = Case(rows, 24, 48, bias=torch.float32, activation="gelu", out_scale=0.02)
+    case = Case(40, 24, 48, bias=torch.float32, activation="gelu", out_scale=0.02)
     operands, (stored, numbers) = case.operands(), case.store()
     a = operands.pop("a")
     torch._dynamo.mark_dynamic(a, 0)

@@ -50,7 +50,7 @@ def check_invariants(program: Program, compiled: Compiled) -> None:
 
 
 @pytest.mark.long
-@examples(25)
+@examples(18)
 @given(program=programs(EVERY_DIALECT))
 def test_random_graphs_give_what_eager_gives(device: str, program: Program) -> None:
     compiled = compile_and_compare(program, device)
