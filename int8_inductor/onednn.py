@@ -8,6 +8,7 @@ quantizes.
 from __future__ import annotations
 
 import functools
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ OFFSET = 128
 """What an unsigned value is more than the signed one."""
 _ROWS, _SIDE = 256, 512
 """Sizes of what is timed: large enough that a call's own 20 us count for little."""
+X86 = ("x86_64", "amd64")
 REFERENCE = 20
 """So many times as long as float32, it is a reference kernel, which is not called again."""
 
@@ -37,7 +39,7 @@ REFERENCE = 20
 @functools.cache
 def is_exact_and_fast() -> bool:
     """Whether the kernel is exact on this machine, and not slower than float32: found out once a process."""
-    if not torch.backends.mkldnn.is_available():
+    if platform.machine().lower() not in X86 or not torch.backends.mkldnn.is_available():
         return False
     with without_modes(), torch.no_grad():
         return _is_exact() and _is_fast()

@@ -192,7 +192,9 @@ def _same(x: Any, y: Any) -> bool:
     if one is not None and two is not None:
         return one.dtype == two.dtype and torch.equal(one, two)
     pure = x.op == "call_function" and x.target is y.target and isinstance(x.target, torch._ops.OpOverload) and not x.is_impure()
-    return pure and len(x.args) == len(y.args) and x.kwargs == y.kwargs and all(map(_same, x.args, y.args))
+    if not pure or torch.Tag.nondeterministic_seeded in x.target.tags:  # type: ignore[union-attr]
+        return False
+    return len(x.args) == len(y.args) and x.kwargs == y.kwargs and all(map(_same, x.args, y.args))
 
 
 # Calls ----------------------------------------------------------------------------------------------------------------------------
@@ -276,7 +278,8 @@ def keep_from_cache(graph: Graph) -> None:
     """
     if not inductor_config.freezing:
         return
-    devices = {_named(node)["a"].meta["val"].device.type for node in graph.nodes if node.target in ops.STORING}
+    products = (node for node in graph.nodes if node.target in (ops.scaled_mm, ops.scaled_mm_block_quant))
+    devices = {_named(node)["a"].meta["val"].device.type for node in products}
     if "cpu" in devices and onednn.is_exact_and_fast():
         assert graph.owning_module is not None
         graph.owning_module._int8_inductor_uncached = _Uncached()  # type: ignore[assignment]

@@ -19,7 +19,7 @@ import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import Compiled, check_float, check_int8, examples, linear64, run, well_conditioned, with_layout
+from support import Compiled, check_blocks, check_float, check_int8, examples, linear64, run, well_conditioned, with_layout
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -66,17 +66,18 @@ def calls(compiled: Compiled) -> list[str]:
 
 
 class Product(nn.Module):
-    """scaled_mm of some operands as inputs, by name, and of others as buffers. numbers: its other arguments."""
+    """An operator of some operands as inputs, by name, and of others as buffers. numbers: its other arguments."""
 
-    def __init__(self, inputs: tuple[str, ...], constants: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    def __init__(self, inputs: tuple[str, ...], constants: dict[str, Tensor], numbers: dict[str, Any], operator: Any = ops.scaled_mm) -> None:
         super().__init__()
+        self.operator = operator
         for name, value in constants.items():
             self.register_buffer(name, value)
         self.inputs, self.constants, self.numbers = inputs, tuple(constants), numbers
 
     def forward(self, *inputs: Tensor) -> Tensor:
         tensors = dict(zip(self.inputs, inputs, strict=True)) | {name: getattr(self, name) for name in self.constants}
-        out: Tensor = ops.scaled_mm(**tensors, **self.numbers)
+        out: Tensor = self.operator(**tensors, **self.numbers)
         return out
 
 
@@ -189,6 +190,20 @@ def _is_stored(case: Case) -> bool:
     return case.static and coarse and (case.quant_min == -128 or least > -127)
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_blocks(static: bool) -> None:
+    """int8 with scales per block of columns: up to the activation by oneDNN with a static scale, the sums with a dynamic one."""
+    case = Case(9, 72, 48, static=static, bias=torch.float32, activation="gelu")
+    operands = case.operands()
+    inputs = ("a",) if static else ("a", "a_scale")
+    constants = {name: value for name, value in operands.items() if name not in inputs}
+    module = Product(inputs, constants, {"activation": "gelu", "block_size": 32}, ops.scaled_mm_block_quant)
+    compiled = frozen(module, *(operands[name] for name in inputs))
+    (call,) = calls(compiled)
+    assert ("'gelu'" in call) is static
+    check_blocks(*compiled.output, linear64(**operands, activation="gelu"), 32)
+
+
 def test_any_number_of_rows() -> None:
     """Compiled for one, run with another, and with none."""
     case = Case(40, 24, 48, bias=torch.float32, activation="gelu", out_scale=0.02)
@@ -241,6 +256,12 @@ def test_an_inexact_kernel_is_found(asked_anew: None, monkeypatch: pytest.Monkey
     product = onednn.product
     monkeypatch.setattr(onednn, "_is_fast", lambda: True)
     monkeypatch.setattr(onednn, "product", lambda a, packed, zero_point: product(a, packed, zero_point).clamp(-(2**20), 2**20))
+    assert not EXACT()
+
+
+def test_another_kind_of_cpu_is_not_asked(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(onednn, "_is_exact", lambda: pytest.fail("asked"))
     assert not EXACT()
 
 
