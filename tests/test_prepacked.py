@@ -1,146 +1,24 @@
-"""Linears of frozen graphs on a CPU: one call of oneDNN's kernel, what it computes, and where it must not be used.
-
-Where this machine's kernel saturates sums of two products (no VNNI), weights are drawn so small that none does.
-"""
+"""Linears of frozen graphs on a CPU: one call of oneDNN's kernel, what it computes, and where it must not be used."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config as inductor_config
-import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import Compiled, check_blocks, check_float, check_int8, examples, linear64, run, well_conditioned, with_layout
-from torch import Tensor, nn
+from prepacked_cases import EXACT, KERNEL, Case, Product, calls, frozen, prepacks  # noqa: F401 - a fixture that is used by itself
+from support import check_blocks, check_float, check_int8, examples, linear64, run
 from torch._dynamo.utils import counters
 
-from int8_inductor import (
-    Int8DynamicActivationInt8WeightConfig,
-    Int8StaticActivationInt8WeightConfig,
-    MappingType,
-    calibrate,
-    onednn,
-    ops,
-    prepacked,
-    quantize_,
-    reference,
-)
+from int8_inductor import onednn, ops, prepacked
 from int8_inductor.epilogues import EPILOGUES
-
-EXACT: Any = onednn.is_exact_and_fast
-KERNEL = "torch.ops.onednn.qlinear_pointwise"
-
-
-def limit() -> int:
-    """Weights up to which two products with an activation of 255 stay below 2^15, where that matters."""
-    return 127 if EXACT() else 64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def prepacks() -> Iterator[None]:
-    """The kernel is used on this machine, and for small sizes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onednn, "is_exact_and_fast", lambda: True)
-        patch.setattr(prepacked, "SMALL", 0)
-        yield
-
-
-def frozen(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Compiled:
-    with inductor_config.patch(freezing=True):
-        return run(fn, *inputs, cpu_backend="cpp", **kwargs)
-
-
-def calls(compiled: Compiled) -> list[str]:
-    """The calls of oneDNN's kernel, and that there is no other product."""
-    assert not any(compiled.has(text) for text in ("_int_mm(", "extern_kernels.mm(", "extern_kernels.addmm("))
-    return [line for code in compiled.code for line in code.splitlines() if KERNEL in line and "=" in line]
-
-
-class Product(nn.Module):
-    """An operator of some operands as inputs, by name, and of others as buffers. numbers: its other arguments."""
-
-    def __init__(self, inputs: tuple[str, ...], constants: dict[str, Tensor], numbers: dict[str, Any], operator: Any = ops.scaled_mm) -> None:
-        super().__init__()
-        self.operator = operator
-        for name, value in constants.items():
-            self.register_buffer(name, value)
-        self.inputs, self.constants, self.numbers = inputs, tuple(constants), numbers
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        tensors = dict(zip(self.inputs, inputs, strict=True)) | {name: getattr(self, name) for name in self.constants}
-        out: Tensor = self.operator(**tensors, **self.numbers)
-        return out
-
-
-@dataclass(frozen=True)
-class Case:
-    """A product and how its scales are known."""
-
-    m: int
-    n: int
-    k: int
-    static: bool = True
-    zero_point: int | None = None
-    bias: torch.dtype | None = None
-    activation: str = "none"
-    out_dtype: torch.dtype | None = None
-    out_scale: float | None = None
-    out_zero_point: int | None = None
-    quant_min: int = reference.INT8_MIN
-    layout: str = "contiguous"
-    weight_layout: str = "contiguous"
-    a_scale: float = 0.01
-    b_scale: float = 0.01
-    seed: int = 0
-
-    def operands(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        a = torch.randint(-128, 128, (self.m, self.k), dtype=torch.int8, generator=generator)
-        b = torch.randint(-limit(), limit() + 1, (self.n, self.k), dtype=torch.int8, generator=generator)
-        rows = 1 if self.static else self.m
-        found = {"a": with_layout(a, self.layout), "b": with_layout(b, self.weight_layout)}
-        found["a_scale"] = (1 + torch.rand(rows, 1, generator=generator)) * self.a_scale
-        found["b_scale"] = (1 + torch.rand(self.n, generator=generator)) * self.b_scale
-        if self.zero_point is not None:
-            found["a_zero_point"] = torch.full((rows, 1), self.zero_point, dtype=torch.int32)
-        if self.bias is not None:
-            found["bias"] = (torch.randn(self.n, generator=generator) * self.a_scale * self.b_scale * 1000).to(self.bias)
-        return found
-
-    def store(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if self.out_scale is None:
-            return {}, {"out_dtype": self.out_dtype}
-        constants = {"out_scale": torch.tensor([self.out_scale])}
-        if self.out_zero_point is not None:
-            constants["out_zero_point"] = torch.tensor([self.out_zero_point], dtype=torch.int32)
-        return constants, {"out_quant_min": self.quant_min}
-
-    def check(self, compile_and_run: Callable[..., Compiled] = frozen, **kwargs: Any) -> Compiled:
-        """Compile and compare each value with float64."""
-        operands, (stored, numbers) = self.operands(), self.store()
-        want = linear64(**operands, activation=self.activation)
-        if self.out_scale is not None:
-            assume(well_conditioned(want, stored["out_scale"]))
-        inputs = [name for name in operands if name == "a" or (name in ("a_scale", "a_zero_point") and not self.static)]
-        constants = {name: value for name, value in {**operands, **stored}.items() if name not in inputs}
-        module = Product(tuple(inputs), constants, {**numbers, "activation": self.activation})
-        compiled = compile_and_run(module, *(operands[name] for name in inputs), **kwargs)
-        if self.out_scale is None:
-            assert compiled.output.dtype == (self.out_dtype or torch.float32)
-            check_float(compiled.output, want)
-        else:
-            check_int8(compiled.output, want, stored["out_scale"], stored.get("out_zero_point"), self.quant_min)
-        return compiled
-
 
 # What is computed -----------------------------------------------------------------------------------------------------------------
 
@@ -359,79 +237,3 @@ def test_other_weights_are_no_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert counters["inductor"]["fxgraph_cache_bypass"] == 1
         assert counters["inductor"]["fxgraph_cache_hit"] == 0
     assert "unable to serialize" not in caplog.text
-
-
-# Whole models ---------------------------------------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """Q, K and V of one activation; V has no bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(64)
-        self.q, self.k, self.v, self.o = (nn.Linear(64, 64, bias=i != 2) for i in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (linear(h).unflatten(-1, (4, 16)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-CONFIGS = (
-    Int8StaticActivationInt8WeightConfig(),
-    Int8StaticActivationInt8WeightConfig(act_mapping_type=MappingType.ASYMMETRIC),
-    Int8DynamicActivationInt8WeightConfig(),
-)
-
-
-def quantized(model: nn.Module, config: Any, x: Tensor) -> nn.Module:
-    quantize_(model.eval(), config)
-    if isinstance(config, Int8StaticActivationInt8WeightConfig):
-        calibrate(model, [(x,)], progress=False)
-    for buffer in model.buffers():
-        if buffer.dtype == torch.int8 and buffer.ndim == 2:
-            buffer.clamp_(-limit(), limit())
-    return model
-
-
-def check_model(model: nn.Module, x: Tensor) -> Compiled:
-    compiled = frozen(model, x)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled.output, model(x), rtol=1e-4, atol=1e-4)
-    return compiled
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=["static", "asymmetric", "dynamic"])
-@pytest.mark.parametrize(("batch", "joined"), [(2, True), (40, False)])
-def test_linears_of_one_activation_are_one_call_where_rows_are_few(config: Any, batch: int, joined: bool) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(batch, 16, 64)
-    compiled = check_model(quantized(Attention(), config, x), x)
-    assert len(calls(compiled)) == (2 if joined else 4)
-    assert len({re.search(r"tensor\((\w+)", call).group(1) for call in calls(compiled)[:3]}) == (2 if joined else 1)  # type: ignore[union-attr]
-    assert str(compiled.report).count(", 3 side by side") == (3 if joined else 0)
-    assert str(compiled.report).count("onednn.qlinear_pointwise on a prepacked weight") == 4
-    compiled.check_report(linear={"rewritten": 4}, quant=compiled.report.counts()["quant"], dequant={"rewritten": 8})
-
-
-def test_linears_of_other_scales_are_not_joined() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 16, 64)
-    model: Any = quantized(Attention(), CONFIGS[0], x)
-    model.k.input_scale.mul_(1.5)
-    compiled = check_model(model, x)
-    assert len(calls(compiled)) == 4
-
-
-@pytest.mark.parametrize("config", CONFIGS[:2], ids=["static", "asymmetric"])
-def test_a_chain_stays_int8(config: Any) -> None:
-    """linear -> gelu -> quant -> linear: two calls, the first of which stores int8, and nothing between them."""
-    torch.manual_seed(0)
-    x = torch.randn(32, 48)
-    model = quantized(nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 40)), config, x)
-    compiled = check_model(model, x)
-    first, second = calls(compiled)
-    assert ", torch.uint8, 'gelu'," in first
-    assert ", torch.float32, 'none'," in second
-    assert len({name for code in compiled.code for name in re.findall(r"cpp_fused_\w+", code)}) == 1  # x alone is quantized by a kernel
