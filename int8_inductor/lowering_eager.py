@@ -68,7 +68,7 @@ def _definition(call: Call) -> Callable[..., Any]:
 def lower_torch(call: Call) -> Any:
     """Lower the eager definition. What an activation computes is kept, not computed again by each that reads it."""
     node, given = V.graph.current_node, call.given
-    prepacked = call.lowering.prepacked(node, given["a"])
+    prepacked = call.lowering.prepacked(node, given["a"], call.sizes.static_m)
     kernel = str(prepacked) if prepacked is not None else call.lowering.eager_kernel(call.sizes, given["a"].get_device())
     if last_triton(call) is not None:
         kernel += f", chosen for M = {call.sizes.m}"

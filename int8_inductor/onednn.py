@@ -12,7 +12,6 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
@@ -25,13 +24,15 @@ from ._compat import without_modes
 from .epilogues import PostOp
 from .int_mm import SLOWER, least_seconds
 
-__all__ = ["Linear", "Store", "is_exact_and_fast", "lower_linear", "signed", "static_rows", "unsigned"]
+__all__ = ["Linear", "Store", "is_exact_and_fast", "lower_linear", "signed", "unsigned"]
 
 OFFSET = 128
 """What an unsigned value is more than the signed one."""
 _ROWS, _SIDE = 256, 512
 """Sizes of what is timed: large enough that a call's own 20 us count for little."""
 X86 = ("x86_64", "amd64")
+DEEP = 2049
+"""255 * 127 times so many is an odd number over 2^24."""
 REFERENCE = 20
 """So many times as long as float32, it is a reference kernel, which is not called again."""
 
@@ -46,10 +47,13 @@ def is_exact_and_fast() -> bool:
 
 
 def _is_exact() -> bool:
-    """Before VNNI its instruction adds two products in 16 bits, saturated."""
-    a, b = torch.full((8, 64), 255, dtype=torch.uint8), torch.full((64, 64), -128, dtype=torch.int8)
+    """Before VNNI its instruction adds two products in 16 bits, saturated. Sums are whole numbers that float32 does not hold before the zero point is
+    taken off, so that has to happen in int32.
+    """
+    a, b = torch.full((8, DEEP), 255, dtype=torch.uint8), torch.full((64, DEEP), -127, dtype=torch.int8)
     packed = pack(b, len(a))
-    return all(bool((product(a, packed, shift) == 64 * (255 - shift) * -128).all()) for shift in (0, OFFSET, 255))
+    sums = {shift: torch.tensor(DEEP * (255 - shift) * -127, dtype=torch.int32).float() for shift in (0, OFFSET, 254, 255)}
+    return all(bool((product(a, packed, shift) == want).all()) for shift, want in sums.items())
 
 
 def _is_fast() -> bool:
@@ -79,8 +83,8 @@ NOTHING = PostOp("none")
 
 @dataclass(frozen=True)
 class Linear:
-    """The constants of one linear: int8 weight [N, K], float32 weight_scale [N], the activation's scale and (signed) zero point, float32 bias [N],
-    zeros where there is none, and what follows it.
+    """The constants of one linear: int8 weight [N, K], float32 weight_scale [N], the activation's scale and (signed) zero point, float32 bias [N]
+    or None, and what follows it.
     """
 
     weight: Tensor
@@ -104,12 +108,6 @@ class Store:
         return self.zero_point + OFFSET if self.dtype == torch.uint8 else self.zero_point
 
 
-def static_rows(a: Any) -> int | None:
-    """M of a box [M, K], where it is known."""
-    rows = a.get_size()[0]
-    return int(rows) if isinstance(rows, (int, sympy.Integer)) else None
-
-
 def _shifted(box: Any, by: int, dtype: torch.dtype) -> Any:
     """8-bit integers plus a number, by way of float32, which Inductor's C++ does a vector at a time."""
 
@@ -131,10 +129,13 @@ def signed(box: Any) -> Any:
     return _shifted(box, -OFFSET, torch.int8)
 
 
-def lower_linear(a: Any, linear: Linear, store: Store) -> Any:
-    """The box [M, N] of a call on the uint8 box a [M, K]: post_op(scale (a - zero_point) @ weight.T weight_scale + bias), stored."""
+def lower_linear(a: Any, rows: int | None, linear: Linear, store: Store) -> Any:
+    """The box [M, N] of a call on the uint8 box a [M, K]: post_op(scale (a - zero_point) @ weight.T weight_scale + bias), stored.
+
+    rows: M, where it is known.
+    """
     name = V.graph.current_node.name
-    packed = V.graph.add_tensor_constant(pack(linear.weight, static_rows(a)), name=f"{name}_packed")
+    packed = V.graph.add_tensor_constant(pack(linear.weight, rows), name=f"{name}_packed")
     scale = V.graph.add_tensor_constant(linear.weight_scale, name=f"{name}_scale")
     zeros = V.graph.add_tensor_constant(torch.zeros(linear.weight.shape[0], dtype=torch.int32), name=f"{name}_zeros")
     bias = None if linear.bias is None or not linear.bias.any() else V.graph.add_tensor_constant(linear.bias, name=f"{name}_bias")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -142,6 +143,8 @@ def _kernel(node: Node) -> _Kernel | None:
     named = _named(node)
     if named["b_zero_point"] is not None or (weight := _frozen(named["b"])) is None:
         return None
+    if weight.shape[1] > reference.MAX_K_ZERO_POINT:
+        return None  # sums of unsigned values could overflow
     if (linear := _static(weight, named)) is not None:
         store = _store(linear, named)
         return _Kernel(linear, Store(), Reached.ACTIVATED) if store is None else _Kernel(linear, store, Reached.STORED)
@@ -152,28 +155,42 @@ def _kernel(node: Node) -> _Kernel | None:
 
 # The activation -------------------------------------------------------------------------------------------------------------------
 
-_UNSIGNED = "int8_inductor_unsigned"
-"""Key of a node's meta: the box of what it computes, as uint8."""
+
+@dataclass
+class _Lowered:
+    """What has been lowered of one graph. unsigned: the box of what a node computes, as uint8. parts: linears, also those of a neighbour's call."""
+
+    unsigned: dict[Node, Any] = dataclasses.field(default_factory=dict)
+    parts: dict[Node, Prepacked] = dataclasses.field(default_factory=dict)
+
+
+_LOWERED: weakref.WeakKeyDictionary[Any, _Lowered] = weakref.WeakKeyDictionary()
+"""By Inductor's graph: its boxes are no other's, also where the same nodes are lowered again."""
+
+
+def _lowered() -> _Lowered:
+    return _LOWERED.setdefault(V.graph, _Lowered())
 
 
 def _unsigned(node: Node, box: Any) -> Any:
     """The int8 box of `node` as uint8: what a linear has stored so, what another reader has had computed, or computed now."""
-    source = node
-    while _UNSIGNED not in source.meta and source.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+    known, source = _lowered().unsigned, node
+    while source not in known and source.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
         assert isinstance(source.args[0], Node)
         source = source.args[0]
-    if source is not node and _UNSIGNED in source.meta:
-        return lowerings[aten.reshape](source.meta[_UNSIGNED], box.get_size())
-    if _UNSIGNED not in node.meta:
-        node.meta[_UNSIGNED] = _unsigned_before(node) or onednn.unsigned(box)
-    return node.meta[_UNSIGNED]
+    if source is not node and source in known:
+        return lowerings[aten.reshape](known[source], box.get_size())
+    if node not in known:
+        known[node] = _unsigned_before(node) or onednn.unsigned(box)
+    return known[node]
 
 
 def _unsigned_before(node: Node) -> Any:
     """The same for a node of the same value that one of the last linears has read, or None: Q, K and V quantize one activation each for itself."""
+    known = _lowered().unsigned
     linears = [each for each in node.graph.find_nodes(op="call_function", target=ops.scaled_mm) if each < min(node.users)]
     read = [_named(each)["a"] for each in linears[-LATELY:]]
-    return next((each.meta[_UNSIGNED] for each in read if _UNSIGNED in each.meta and _same(each, node)), None)
+    return next((known[each] for each in read if each in known and _same(each, node)), None)
 
 
 LATELY = 4
@@ -205,8 +222,6 @@ calls are faster: their results need no new memory.
 """
 SMALL = 2**27
 """Of fewer multiply-adds a call's own 20 us count: aten._int_mm with 128 x 384 x 384 takes 23 us, and what follows it is part of a kernel anyway."""
-_PART = "int8_inductor_part"
-"""Key of a node's meta: its linear, where a neighbour's lowering has computed that."""
 
 
 def _neighbours(node: Node, kernel: _Kernel) -> dict[Node, _Kernel]:
@@ -227,16 +242,17 @@ def _side_by_side(linears: Sequence[Linear]) -> Linear:
     return dataclasses.replace(linears[0], weight=weight, weight_scale=weight_scale, bias=torch.cat(bias) if bias else None)
 
 
-def _lower(node: Node, a: Any, kernels: dict[Node, _Kernel]) -> None:
-    """Lower linears of one activation as one call, and note the columns of each."""
-    kernel, first = next(iter(kernels.values())), 0
-    box = onednn.lower_linear(_unsigned(_named(node)["a"], a), _side_by_side([each.linear for each in kernels.values()]), kernel.store)
+def _lower(a: Any, rows: int | None, kernels: dict[Node, _Kernel]) -> None:
+    """Lower linears of one activation, the box a of the first, as one call, and note the columns of each."""
+    (node, kernel), first = next(iter(kernels.items())), 0
+    linear = _side_by_side([each.linear for each in kernels.values()])
+    box = onednn.lower_linear(_unsigned(_named(node)["a"], a), rows, linear, kernel.store)
     for each, one in kernels.items():
         last = first + one.linear.weight.shape[0]
         part = box if len(kernels) == 1 else lowerings[aten.slice](box, 1, first, last)
         if kernel.store.dtype == torch.uint8:
-            each.meta[_UNSIGNED], part = part, onednn.signed(part)
-        each.meta[_PART] = Prepacked(part, kernel.reached, len(kernels))
+            _lowered().unsigned[each], part = part, onednn.signed(part)
+        _lowered().parts[each] = Prepacked(part, kernel.reached, len(kernels))
         first = last
 
 
@@ -246,20 +262,20 @@ def _pays(kernel: _Kernel, rows: int | None, side_by_side: int) -> bool:
     return computes or rows is None or rows * kernel.linear.weight.numel() >= SMALL
 
 
-def prepacked_linear(node: Node, a: Any) -> Prepacked | None:
-    """What oneDNN computes of the scaled_mm `node`, whose activation lowers to the box `a`; None where its weight is no constant of a frozen graph,
-    this CPU has no exact kernel, or aten._int_mm is faster.
+def prepacked_linear(node: Node, a: Any, rows: int | None) -> Prepacked | None:
+    """What oneDNN computes of the scaled_mm `node`, whose activation lowers to the box `a` of so many rows, where that is known.
+
+    None where its weight is no constant of a frozen graph, this CPU has no exact kernel, or aten._int_mm is faster.
     """
     if not inductor_config.freezing or V.graph.cpp_wrapper or a.get_device().type != "cpu" or not onednn.is_exact_and_fast():
         return None
-    if _PART not in node.meta and (kernel := _kernel(node)) is not None:
-        rows = onednn.static_rows(a)
+    parts = _lowered().parts
+    if node not in parts and (kernel := _kernel(node)) is not None:
         few = rows is not None and rows <= FEW_ROWS and kernel.store.dtype.is_floating_point
         kernels = _neighbours(node, kernel) if few else {node: kernel}
         if _pays(kernel, rows, len(kernels)):
-            _lower(node, a, kernels)
-    part: Prepacked | None = node.meta.get(_PART)
-    return part
+            _lower(a, rows, kernels)
+    return parts.get(node)
 
 
 class _Uncached:

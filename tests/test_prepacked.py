@@ -17,7 +17,7 @@ from prepacked_cases import EXACT, KERNEL, Case, Product, calls, frozen, prepack
 from support import check_blocks, check_float, check_int8, examples, linear64, run
 from torch._dynamo.utils import counters
 
-from int8_inductor import onednn, ops, prepacked
+from int8_inductor import onednn, ops, prepacked, reference
 from int8_inductor.epilogues import EPILOGUES
 
 # What is computed -----------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def asked_anew() -> Iterator[None]:
 def test_an_inexact_kernel_is_found(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     product = onednn.product
     monkeypatch.setattr(onednn, "_is_fast", lambda: True)
-    monkeypatch.setattr(onednn, "product", lambda a, packed, zero_point: product(a, packed, zero_point).clamp(-(2**20), 2**20))
+    monkeypatch.setattr(onednn, "product", lambda a, packed, zero_point: product(a, packed, zero_point).clamp(-(2**25), 2**25))
     assert not EXACT()
 
 
@@ -209,6 +209,21 @@ def test_a_bias_that_is_not_finite() -> None:
     compiled = frozen(Product(("a",), constants, {}), operands["a"])
     assert compiled.output[:, :3].tolist() == [[0, 127, -128]] * 8
     assert len(calls(compiled)) == 1
+
+
+def test_sums_beyond_what_float32_holds() -> None:
+    """Before its zero point is taken off, a sum of unsigned values is an odd number over 2^24."""
+    k = 8191
+    a, b = torch.tensor([[0, 1] * k])[:, :k].repeat(5, 1).to(torch.int8), torch.full((24, k), 63, dtype=torch.int8)
+    operands = {"a": a, "b": b, "a_scale": torch.ones(1), "b_scale": torch.ones(24), "a_zero_point": torch.full((1,), -900, dtype=torch.int32)}
+    compiled = frozen(Product(("a",), {name: value for name, value in operands.items() if name != "a"}, {}), a)
+    assert len(calls(compiled)) == 1
+    check_float(compiled.output, linear64(**operands))
+
+
+def test_not_for_longer_rows_than_unsigned_sums_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "MAX_K_ZERO_POINT", PLAIN.k - 1)
+    assert not PLAIN.check().has(KERNEL)
 
 
 def test_not_for_small_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def never(problem: Problem, device: Device) -> bool:
     return False
 
 
-def not_prepacked(node: Node, a: Any) -> None:
+def not_prepacked(node: Node, a: Any, rows: int | None) -> None:
     """`Lowering.prepacked` of a product for which no library has a kernel."""
 
 
@@ -40,8 +40,8 @@ class Lowering:
     The others are named as operands of the Tail are, which applies them. eager: the product's eager definition on what eager_kernel(problem, device)
     names, compiled for KernelPreference.TORCH, and for AUTO where expands(problem, device) says so. groups(operands): Problem.groups, from the
     product's operands by name, as Inductor's boxes and numbers. rival: the library's kernels that AUTO times against the templates, and runs where
-    they are faster; see rivals.py. prepacked(node, a): what a library computes of a frozen weight and the box a, instead of `eager` or before what
-    is left of it.
+    they are faster; see rivals.py. prepacked(node, a, rows): what a library computes of a frozen weight and the box a, instead of `eager` or before
+    what is left of it.
     """
 
     product: Product
@@ -52,4 +52,4 @@ class Lowering:
     groups: Callable[[Mapping[str, Any]], tuple[int, ...]] = no_groups
     expands: Callable[[Problem, Device], bool] = never
     rival: Rival | None = None
-    prepacked: Callable[[Node, Any], Prepacked | None] = not_prepacked
+    prepacked: Callable[[Node, Any, int | None], Prepacked | None] = not_prepacked
