@@ -16,7 +16,7 @@ MIN_CAPABILITY = (8, 0)
 
 class KernelPreference(str, enum.Enum):
     """AUTO: what is faster for the device. TRITON: the templates of this package. TORCH: aten._int_mm, or what int_mm.py or
-    prepacked.py has in its place, with Inductor's epilogue around it.
+    onednn has in its place, with Inductor's epilogue around it.
     """
 
     AUTO = "auto"

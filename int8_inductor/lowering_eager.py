@@ -1,6 +1,6 @@
 """Lowering without templates: the operator's own eager definition, traced and compiled, so that no epilogue is spelled twice.
 
-For scaled_mm it is built around `_int_mm`, or around what oneDNN computes of a frozen weight (prepacked.py), in which case only the rest is traced.
+For scaled_mm it is built around `_int_mm`, or around what oneDNN computes of a frozen weight (onednn), in which case only the rest is traced.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from . import ops
 from .calls import Call, last_triton
 from .explain import record_kernel
+from .onednn.prepacked import Prepacked, Reached
 from .operands import argument, computed_once
-from .prepacked import Prepacked, Reached
 from .templates.tail import SCALAR
 
 __all__ = ["lower_eager", "lower_torch"]

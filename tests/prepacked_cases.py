@@ -5,6 +5,8 @@ Where this machine's kernel saturates sums of two products (no VNNI), weights ar
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +18,32 @@ from hypothesis import assume
 from support import Compiled, check_float, check_int8, linear64, run, well_conditioned, with_layout
 from torch import Tensor, nn
 
-from int8_inductor import onednn, ops, prepacked, reference
+from int8_inductor import ops, reference
+from int8_inductor.onednn import forms, prepacked
+from int8_inductor.onednn.forms import UNSIGNED, Form
 
-EXACT: Any = onednn.is_exact_and_fast
+FORM: Any = forms.form
 KERNEL = "torch.ops.onednn.qlinear_pointwise"
 
 
 def limit() -> int:
     """Weights up to which two products with an activation of 255 stay below 2^15, where that matters."""
-    return 127 if EXACT() else 64
+    return 127 if FORM() else 64
 
 
 @pytest.fixture(autouse=True, scope="module")
 def prepacks() -> Iterator[None]:
     """The kernel is used on this machine, and for small sizes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onednn, "is_exact_and_fast", lambda: True)
+    with taken(UNSIGNED), pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepacked, "SMALL", 0)
+        yield
+
+
+@contextlib.contextmanager
+def taken(form: Form | None) -> Iterator[None]:
+    """oneDNN takes activations in that form here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "form", lambda: form)
         yield
 
 
@@ -44,7 +55,7 @@ def frozen(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Compiled:
 def calls(compiled: Compiled) -> list[str]:
     """The calls of oneDNN's kernel, and that there is no other product."""
     assert not any(compiled.has(text) for text in ("_int_mm(", "extern_kernels.mm(", "extern_kernels.addmm("))
-    return [line for code in compiled.code for line in code.splitlines() if KERNEL in line and "=" in line]
+    return [line for code in compiled.code for line in code.splitlines() if re.search(rf"{KERNEL}\.\w+\(", line)]
 
 
 class Product(nn.Module):

@@ -13,12 +13,17 @@ import torch
 import torch._inductor.config as inductor_config
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from prepacked_cases import EXACT, KERNEL, Case, Product, calls, frozen, prepacks  # noqa: F401 - a fixture that is used by itself
+from prepacked_cases import FORM, KERNEL, Case, Product, calls, frozen, prepacks, taken  # noqa: F401 - a fixture that is used by itself
 from support import check_blocks, check_float, check_int8, examples, linear64, run
+from torch import Tensor
 from torch._dynamo.utils import counters
 
-from int8_inductor import onednn, ops, prepacked, reference
+from int8_inductor import ops, reference
 from int8_inductor.epilogues import EPILOGUES
+from int8_inductor.onednn import forms, prepacked
+from int8_inductor.onednn.forms import FORMS, SIGNED, UNSIGNED, Form
+
+SHIFTS_EXACTLY = forms.shifts_exactly
 
 # What is computed -----------------------------------------------------------------------------------------------------------------
 
@@ -26,6 +31,7 @@ SIZES = st.sampled_from([1, 2, 3, 7, 16, 31, 64, 97])
 ACTIVATIONS = st.sampled_from(list(EPILOGUES))
 LAYOUT = st.sampled_from(["contiguous", "transposed", "sliced", "offset", "expanded"])
 BIAS = st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16])
+FORM_TAKEN = st.sampled_from(FORMS)
 SCALES = st.sampled_from([(0.01, 0.01), (1e-30, 1e25), (1e30, 1e-28), (1e-4, 3.0), (0.0, 0.01)])
 
 
@@ -33,29 +39,32 @@ SCALES = st.sampled_from([(0.01, 0.01), (1e-30, 1e25), (1e30, 1e-28), (1e-4, 3.0
 @given(
     m=SIZES, n=SIZES, k=SIZES, static=st.booleans(), zero_point=st.sampled_from([None, 0, -128, 5, 127]), bias=BIAS, activation=ACTIVATIONS,
     out_dtype=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]), layout=LAYOUT, weight_layout=LAYOUT, scales=SCALES,
-    seed=st.integers(0, 9),
+    form=FORM_TAKEN, seed=st.integers(0, 9),
 )  # fmt: skip
-def test_floats(scales: tuple[float, float], **drawn: Any) -> None:
+def test_floats(scales: tuple[float, float], form: Form, **drawn: Any) -> None:
     case = Case(**drawn, a_scale=scales[0], b_scale=scales[1])
     assume(scales == (0.01, 0.01) or case.bias in (None, torch.float32))  # others overflow
+    with taken(form):
+        compiled = case.check()
     if case.zero_point is None or (case.static and scales != (0.0, 0.01)):
-        assert len(calls(case.check())) == 1
+        assert len(calls(compiled)) == 1
     else:
-        assert not case.check().has(KERNEL)
+        assert not compiled.has(KERNEL)
 
 
 @examples(6)
 @given(
     m=SIZES, n=SIZES, k=SIZES, static=st.booleans(), zero_point=st.sampled_from([None, -7]), bias=BIAS, activation=ACTIVATIONS,
     out_scale=st.sampled_from([1e-6, 1e-3, 0.002, 0.05, 1.0, 1e30]), out_zero_point=st.sampled_from([None, -128, 3, 127]),
-    quant_min=st.sampled_from([-128, -127]), seed=st.integers(0, 9),
+    quant_min=st.sampled_from([-128, -127]), form=FORM_TAKEN, seed=st.integers(0, 9),
 )  # fmt: skip
-def test_int8(**drawn: Any) -> None:
+def test_int8(form: Form, **drawn: Any) -> None:
     case = Case(**drawn)
-    compiled = case.check()
+    with taken(form):
+        compiled = case.check()
     if case.static or case.zero_point is None:
         (call,) = calls(compiled)
-        assert (", torch.uint8, " in call) is _is_stored(case)
+        assert (f", {form.dtype}, " in call) is _is_stored(case)
 
 
 def _is_stored(case: Case) -> bool:
@@ -125,22 +134,26 @@ def test_post_ops(activation: str) -> None:
 
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
-    EXACT.cache_clear()
+    FORM.cache_clear()
     yield
-    EXACT.cache_clear()
+    FORM.cache_clear()
 
 
-def test_an_inexact_kernel_is_found(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    product = onednn.product
-    monkeypatch.setattr(onednn, "_is_fast", lambda: True)
-    monkeypatch.setattr(onednn, "product", lambda a, packed, zero_point: product(a, packed, zero_point).clamp(-(2**25), 2**25))
-    assert not EXACT()
+@pytest.mark.parametrize(("saturated", "form"), [((), SIGNED), ((torch.int8,), UNSIGNED), ((torch.int8, torch.uint8), None)])
+def test_an_inexact_kernel_is_found(saturated: tuple[torch.dtype, ...], form: Form | None, asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(a: Tensor, packed: Tensor, zero_point: int) -> Tensor:
+        sums = (a[:, :1].float() - zero_point) * -127 * a.shape[1]
+        return (sums.clamp(-(2**15), 2**15) if a.dtype in saturated else sums).expand(len(a), packed.shape[1])
+
+    monkeypatch.setattr(forms, "_is_fast", lambda form: True)
+    monkeypatch.setattr(forms, "product", product)
+    assert FORM() == form
 
 
 def test_another_kind_of_cpu_is_not_asked(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    monkeypatch.setattr(onednn, "_is_exact", lambda: pytest.fail("asked"))
-    assert not EXACT()
+    monkeypatch.setattr(forms, "_sums_are_exact", lambda *given: pytest.fail("asked"))
+    assert FORM() is None
 
 
 @pytest.mark.parametrize(("milliseconds", "fast", "calls"), [(0, True, 7), (60, False, 7), (2000, False, 2)])
@@ -154,12 +167,28 @@ def test_a_slow_kernel_is_found(milliseconds: float, fast: bool, calls: int, ask
         counted.append(name)
         now[0] += seconds[name]
 
-    monkeypatch.setattr(onednn, "_is_exact", lambda: True)
+    monkeypatch.setattr(forms, "_sums_are_exact", lambda *given: True)
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "mm", lambda *given: advance("mm"))
-    monkeypatch.setattr(onednn, "product", lambda *given: advance("product"))
-    assert EXACT() is fast
-    assert counted.count("product") == calls
+    monkeypatch.setattr(forms, "product", lambda *given: advance("product"))
+    assert FORM() is (SIGNED if fast else None)
+    assert counted.count("product") == calls * (1 if fast else len(FORMS))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: str(form.dtype))
+@pytest.mark.parametrize("in_int32", [True, False])
+def test_where_sums_are_exact(form: Form, in_int32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the zero point is taken off in float32, sums of this weight's largest row have to fit it, the zero point's part included."""
+    monkeypatch.setattr(forms, "shifts_exactly", lambda form: in_int32)
+    weight = torch.zeros(3, 4096, dtype=torch.int8)
+    for zero_point in (-form.offset, 5 - form.offset):
+        most = form.largest + abs(zero_point + form.offset)
+        fits = 2**24 // most
+        for total, exact in ((fits, True), (fits + 1, in_int32 or zero_point == -form.offset)):
+            weight[1] = 0
+            weight[1, : total // 127] = -127
+            weight[1, 4095] = total % 127
+            assert forms.is_exact(form, weight, zero_point) is exact
 
 
 # Where it is not used -------------------------------------------------------------------------------------------------------------
@@ -173,9 +202,9 @@ def test_not_without_freezing() -> None:
     assert compiled.has("_int_mm(")
 
 
-def test_not_where_the_kernel_is_inexact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "is_exact_and_fast", lambda: False)
-    compiled = PLAIN.check()
+def test_not_where_the_kernel_is_inexact() -> None:
+    with taken(None):
+        compiled = PLAIN.check()
     assert not compiled.has(KERNEL)
     assert compiled.has("_int_mm(")
 
@@ -211,14 +240,17 @@ def test_a_bias_that_is_not_finite() -> None:
     assert len(calls(compiled)) == 1
 
 
-def test_sums_beyond_what_float32_holds() -> None:
-    """Before its zero point is taken off, a sum of unsigned values is an odd number over 2^24."""
+@pytest.mark.parametrize("in_int32", [True, False])
+def test_sums_beyond_what_float32_holds(in_int32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of unsigned values may be an odd number over 2^24: where the zero point is taken off in float32 the kernel is not used."""
+    monkeypatch.setattr(forms, "shifts_exactly", lambda form: in_int32)
     k = 8191
     a, b = torch.tensor([[0, 1] * k])[:, :k].repeat(5, 1).to(torch.int8), torch.full((24, k), 63, dtype=torch.int8)
     operands = {"a": a, "b": b, "a_scale": torch.ones(1), "b_scale": torch.ones(24), "a_zero_point": torch.full((1,), -900, dtype=torch.int32)}
     compiled = frozen(Product(("a",), {name: value for name, value in operands.items() if name != "a"}, {}), a)
-    assert len(calls(compiled)) == 1
-    check_float(compiled.output, linear64(**operands))
+    assert compiled.has(KERNEL) is in_int32
+    if not in_int32 or SHIFTS_EXACTLY(UNSIGNED):
+        check_float(compiled.output, linear64(**operands))
 
 
 def test_not_for_longer_rows_than_unsigned_sums_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from .. import config, ops
 from ..explain import TAG, publish
 from ..kernels import KernelPreference, parse
-from ..prepacked import keep_from_cache
+from ..onednn.prepacked import keep_from_cache
 from .base import argument, aten, val
 from .context import Context, current, running
 from .dialects import find_dequant

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 
 from ..int_mm import exact_int_mm, name_of_product
-from ..prepacked import prepacked_linear
+from ..onednn.prepacked import prepacked_linear
 from ..products.scaled_mm import SCALED_MM
 from . import hopper_scaled_mm, persistent, tiled, vector
 from .rivals import int_mm

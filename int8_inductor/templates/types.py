@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..prepacked import Prepacked
+from ..onednn.prepacked import Prepacked
 from ..products import Product
 from .problem import Device, Problem
 from .rivals import Rival
