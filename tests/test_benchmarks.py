@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from benchmarks import common, gemm, minilm, models, second_process
+from benchmarks import common, gemm, minilm, models, second_process, turns
 from benchmarks.cases import TAILS, Case
 from benchmarks.model_rows import compile_cache, counting_tunings
 from benchmarks.operands import FLOAT, INT8, INT8_BF16_SCALES, OUT_SCALE, check, float64_truth
@@ -394,3 +395,13 @@ def test_gemm_on_a_gpu(tmp_path: Path) -> None:
     assert all("CUDA-graph replay" in row["method"] for row in measured)
     assert any(row["check"]["poisoned"] for row in measured)
     assert is_png(path.with_suffix(".png"))
+
+
+def test_variants_by_turns(tmp_path: Path) -> None:
+    arguments = ["--tiny", "--variants", "stock-default,ours-dynamic-frozen", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert turns.main(arguments) == 0
+    (path,) = tmp_path.glob("turns-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["variant"], row["calls"], row["status"]) for row in rows] == [("stock-default", 6, "ok"), ("ours-dynamic-frozen", 6, "ok")]
+    for row in rows:
+        assert 0 < row["ms_least"] <= row["ms_p20"] <= row["ms"] <= row["ms_p80"]
