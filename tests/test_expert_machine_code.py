@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -55,7 +54,6 @@ CASES = [
 ]
 
 
-@functools.cache
 def compiled() -> list[tuple[str, ExpertJob, MachineCode]]:
     """Every product of CASES, and the other kernels once."""
     wanted: list[tuple[str, ExpertJob]] = []
@@ -72,16 +70,25 @@ def compiled() -> list[tuple[str, ExpertJob, MachineCode]]:
 
 
 @pytest.mark.long
-def test_every_kernel_is_there_and_fits() -> None:
-    assert {job.kernel for _, job, _ in compiled()} == {"prepare", "place", "schedule", "gate_up", "down", "grouped", "combine"}
-    for _, job, code in compiled():
+def test_machine_code() -> None:
+    """One test, as workers share no cache and these take a minute to compile."""
+    everything = compiled()
+    _is_there_and_fits(everything)
+    _runs_on_the_tensor_cores(everything)
+    _unpacks_int4_in_registers(everything)
+    _quantizes_with_ieee_divisions(everything)
+
+
+def _is_there_and_fits(everything: list[tuple[str, ExpertJob, MachineCode]]) -> None:
+    assert {job.kernel for _, job, _ in everything} == {"prepare", "place", "schedule", "gate_up", "down", "grouped", "combine"}
+    for _, job, code in everything:
         assert code.shared <= ARCHITECTURES[job.capability], job
         assert code.registers <= 255
         assert code.loop_spills == 0, job
 
 
-def test_products_run_on_the_tensor_cores() -> None:
-    for layout, job, code in compiled():
+def _runs_on_the_tensor_cores(everything: list[tuple[str, ExpertJob, MachineCode]]) -> None:
+    for layout, job, code in everything:
         if job.kernel not in ("gate_up", "down", "grouped"):
             continue
         kind = "s32.s8.s8" if "a8" in layout else "f32.f16.f16" if "float16" in layout else "f32.bf16.bf16"
@@ -91,16 +98,16 @@ def test_products_run_on_the_tensor_cores() -> None:
             assert kind in name.replace(".satfinite", "") or kind in name.replace(".s8.s8.s32", ".s8.s8"), (job, name)
 
 
-def test_int4_goes_from_registers_into_the_tensor_cores() -> None:
+def _unpacks_int4_in_registers(everything: list[tuple[str, ExpertJob, MachineCode]]) -> None:
     """On Hopper no unpacked value is in shared memory."""
-    for layout, job, code in compiled():
+    for layout, job, code in everything:
         if job.capability == 90 and job.kernel in ("gate_up", "down"):
             assert (code.from_registers > 0) == layout.startswith("w4"), job
 
 
-def test_activations_are_quantized_with_ieee_divisions() -> None:
+def _quantizes_with_ieee_divisions(everything: list[tuple[str, ExpertJob, MachineCode]]) -> None:
     """Triton's `/` may be off by 2 ulp, and then int8 values at ties are not the definition's. Of `prepare` CASES has that of w8a8."""
-    (prepare,) = (code for _, job, code in compiled() if job.kernel == "prepare")
+    (prepare,) = (code for _, job, code in everything if job.kernel == "prepare")
     assert list(prepare.divisions) == ["div.rn.f32"]
 
 
