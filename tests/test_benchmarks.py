@@ -398,10 +398,10 @@ def test_gemm_on_a_gpu(tmp_path: Path) -> None:
 
 
 def test_variants_by_turns(tmp_path: Path) -> None:
-    arguments = ["--tiny", "--variants", "stock-default,ours-dynamic-frozen", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)]
+    arguments = ["--tiny", "--variants", "stock-eager,ours-dynamic-frozen", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)]
     assert turns.main(arguments) == 0
     (path,) = tmp_path.glob("turns-*.json")
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["variant"], row["calls"], row["status"]) for row in rows] == [("stock-default", 6, "ok"), ("ours-dynamic-frozen", 6, "ok")]
+    assert [(row["variant"], row["calls"], row["status"]) for row in rows] == [("stock-eager", 6, "ok"), ("ours-dynamic-frozen", 6, "ok")]
     for row in rows:
         assert 0 < row["ms_least"] <= row["ms_p20"] <= row["ms"] <= row["ms_p80"]
