@@ -224,7 +224,7 @@ def test_results_are_those_of_launches_one_after_the_other(rows: int, templates:
 
 def _check_kernels(code: str, *, gluon: bool) -> None:
     """Every kernel waits before it touches memory, and lets the next one start unless it computes a product."""
-    kernels = re.findall(r"async_compile\.triton\('(\w+)', \'\'\'(.*?)\'\'\', device_str", code, re.S)
+    kernels = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", code, re.S)
     assert len(kernels) > 3
     assert any(name.startswith("triton_tem_") for name, _ in kernels) is not gluon
     for name, text in kernels:

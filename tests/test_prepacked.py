@@ -150,6 +150,19 @@ def test_an_inexact_kernel_is_found(saturated: tuple[torch.dtype, ...], form: Fo
     assert FORM() == form
 
 
+def test_a_kernel_that_adds_128_to_signed_values_has_to_take_it_off_in_int32(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(a: Tensor, packed: Tensor, zero_point: int) -> Tensor:
+        """In float32, as if a were unsigned."""
+        inside = 128 if a.dtype == torch.int8 else 0
+        values = ((a[:, :1].int() + inside) * -127 * a.shape[1]).float() - float((zero_point + inside) * -127 * a.shape[1])
+        return values.expand(len(a), packed.shape[1])
+
+    monkeypatch.setattr(forms, "_is_fast", lambda form: True)
+    monkeypatch.setattr(forms, "product", product)
+    assert FORM() == UNSIGNED
+    assert not any(map(SHIFTS_EXACTLY.__wrapped__, FORMS))
+
+
 def test_another_kind_of_cpu_is_not_asked(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     monkeypatch.setattr(forms, "_sums_are_exact", lambda *given: pytest.fail("asked"))

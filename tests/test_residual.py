@@ -83,6 +83,7 @@ LEFT_ALONE: dict[str, Callable[[Block, Tensor], Any]] = {
     "broadcast": lambda block, x: block.norm(x[:1] + block.branch(x)),
     "by itself": lambda block, x: (lambda y: block.norm(y + y))(block.branch(x)),
     "a sum that is returned": lambda block, x: x + block.branch(x),
+    "a sum of which a view is returned": lambda block, x: (x + block.branch(x)).reshape(-1, 48),
     "transposed": lambda block, x: block.norm((x.transpose(0, 1) + block.branch(x.transpose(0, 1).contiguous())).transpose(0, 1)),
 }
 
@@ -90,6 +91,31 @@ LEFT_ALONE: dict[str, Callable[[Block, Tensor], Any]] = {
 @pytest.mark.parametrize("join", LEFT_ALONE.values(), ids=LEFT_ALONE.keys())
 def test_not_added(join: Callable[..., Any]) -> None:
     assert added(check(join)) == 0
+
+
+def test_a_sum_that_is_written_into_a_buffer_is_not_added() -> None:
+    """Inductor would have the stream computed in the buffer's memory."""
+
+    class Stateful(Block):
+        def __init__(self) -> None:
+            super().__init__(lambda: None)
+            self.register_buffer("state", torch.zeros(60, 48))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1.5
+            self.state.copy_(x + self.branch(x))
+            out: Tensor = self.norm(self.state + 1)
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(60, 48)
+    model: Any = quantized(Stateful(), CONFIGS[0], x)
+    compiled = frozen(model, x)
+    state = model.state.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.output, model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, model.state, rtol=1e-4, atol=1e-4)
+    assert added(compiled) == 0
 
 
 def test_an_input_is_not_overwritten() -> None:

@@ -12,9 +12,10 @@ from torch.fx import Node
 
 from .. import ops
 
-__all__ = ["frozen", "is_same", "named", "number"]
+__all__ = ["VIEWS", "frozen", "is_same", "named", "number"]
 
 aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def named(node: Node) -> dict[str, Any]:

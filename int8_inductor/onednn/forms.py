@@ -54,14 +54,20 @@ def form() -> Form | None:
     if platform.machine().lower() not in X86 or not torch.backends.mkldnn.is_available():
         return None
     with without_modes(), torch.no_grad():
-        return next((each for each in FORMS if _sums_are_exact(each, SHORT, (0, each.offset, -1)) and _is_fast(each)), None)
+        return next((each for each in FORMS if _has_exact_kernel(each) and _is_fast(each)), None)
+
+
+def _has_exact_kernel(taken: Form) -> bool:
+    """Whether sums are exact of the largest values, and of ones, which a kernel that adds 128 to a signed activation has as large ones as well."""
+    largest = torch.iinfo(taken.dtype).max
+    return _sums_are_exact(taken, SHORT, largest, (0, taken.offset, -1)) and _sums_are_exact(taken, LONG, 1, (0,))
 
 
 @functools.cache
 def shifts_exactly(taken: Form) -> bool:
     """Whether a zero point is taken off in int32, so that a sum which float32 does not hold may come before (with AMX it is not: torch 2.11)."""
     with without_modes(), torch.no_grad():
-        return _sums_are_exact(taken, LONG, (1, 127, taken.largest - 1))
+        return _sums_are_exact(taken, LONG, torch.iinfo(taken.dtype).max, (1, 127, taken.largest - 1))
 
 
 def is_exact(taken: Form, weight: Tensor, zero_point: int) -> bool:
@@ -75,9 +81,8 @@ def is_exact(taken: Form, weight: Tensor, zero_point: int) -> bool:
     return most <= FLOAT_INTEGERS
 
 
-def _sums_are_exact(taken: Form, k: int, zero_points: tuple[int, ...]) -> bool:
-    """Whether the sums of the largest values times -127 are, as float32."""
-    value = torch.iinfo(taken.dtype).max
+def _sums_are_exact(taken: Form, k: int, value: int, zero_points: tuple[int, ...]) -> bool:
+    """Whether the sums of k times that value times -127 are, as float32."""
     a, b = torch.full((8, k), value, dtype=taken.dtype), torch.full((64, k), -127, dtype=torch.int8)
     packed = pack(b, len(a))
     sums = {shift: torch.tensor(k * (value - shift) * -127, dtype=torch.int32).float() for shift in zero_points}

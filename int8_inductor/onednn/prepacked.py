@@ -25,10 +25,10 @@ from torch.fx import Graph, Node
 from .. import ops
 from . import forms
 from .calls import Linear, decoded, encoded, lower_linear
-from .constants import is_same, named
+from .constants import VIEWS, is_same, named
 from .forms import Form
 from .kernels import Kernel, Reached, kernel_of
-from .residual import VIEWS, residual_of
+from .residual import residual_of
 
 __all__ = ["Prepacked", "Reached", "keep_from_cache", "prepacked_linear"]
 

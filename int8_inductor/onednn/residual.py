@@ -9,6 +9,7 @@ value is known, does not lower it again.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +19,19 @@ from torch._inductor.virtualized import V
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from .constants import VIEWS
+
 __all__ = ["Residual", "residual_of"]
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
+@dataclass(frozen=True)
 class Residual:
-    """A sum of a product and of another value, whose box is `matrix` [M, N]."""
+    """The node of a sum of a product and of another value, whose box is `matrix` [M, N]."""
 
-    def __init__(self, node: Node, matrix: Any) -> None:
-        self.node, self.matrix = node, matrix
+    node: Node
+    matrix: Any
 
     def settle(self, total: Any) -> None:
         """The box [M, N] of the sum is known."""
@@ -44,11 +47,11 @@ def residual_of(product: Node) -> Residual | None:
     box = V.graph.env.get(other)
     if not isinstance(box, ir.TensorBox):
         return None
+    data = _data(box)
+    if (isinstance(data, ir.Buffer) and _is_given(data.get_name())) or _is_read_later(data, product, node):
+        return None
     matrix = lowerings[aten.reshape](box, list(product.meta["val"].shape))
     matrix.realize()
-    (buffer,) = _buffers(matrix)
-    if buffer in V.graph.graph_inputs or buffer in V.graph.constants or _is_read_later(buffer, product, node):
-        return None
     return Residual(node, matrix)
 
 
@@ -60,7 +63,7 @@ def _sum_of(product: Node) -> tuple[Node, Node] | None:
     if len(value.users) != 1:
         return None
     node = next(iter(value.users))
-    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1 or any(user.op == "output" for user in node.users):
+    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1 or _is_kept(node):
         return None
     terms = [each for each in node.args if each is not value]
     if len(terms) != 1 or not isinstance(terms[0], Node):
@@ -70,19 +73,41 @@ def _sum_of(product: Node) -> tuple[Node, Node] | None:
     return (node, terms[0]) if same and all(val.is_contiguous() for val in vals) else None
 
 
-def _buffers(box: ir.TensorBox) -> set[str]:
-    """The buffer in which a value lies, or those from which it will be computed."""
-    data = box.data
+def _is_kept(node: Node) -> bool:
+    """Whether a value, or a view of it, is returned or written into another tensor: Inductor asks something of such a value's memory."""
+    for user in node.users:
+        if user.op == "output" or (isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable):
+            return True
+        if user.target in VIEWS and _is_kept(user):
+            return True
+    return False
+
+
+def _is_given(name: str) -> bool:
+    """Whether a buffer is an input or a constant of the graph."""
+    return name in V.graph.graph_inputs or name in V.graph.constants
+
+
+def _data(box: ir.TensorBox) -> ir.IRNode:
+    """What a box or a view is of: a buffer, or the computation that will fill one."""
+    data: Any = box.data
     while isinstance(data, (ir.BaseView, ir.MutableBox)):
         data = data.data
-    return {data.get_name()} if isinstance(data, ir.Buffer) else set(data.get_read_names())
+    return data  # type: ignore[no-any-return]
 
 
-def _is_read_later(buffer: str, product: Node, total: Node) -> bool:
+def _touches(data: ir.IRNode, buffer: ir.IRNode) -> bool:
+    """Whether `data` is that buffer, which may have to be filled yet, or a computation that will read it."""
+    if data is buffer or not isinstance(buffer, ir.Buffer):
+        return data is buffer
+    return data.get_name() == buffer.get_name() if isinstance(data, ir.Buffer) else buffer.get_name() in data.get_read_names()
+
+
+def _is_read_later(buffer: ir.IRNode, product: Node, total: Node) -> bool:
     """Whether anything but the sum, after the product, reads a value that is in that buffer or will be computed from it."""
     for node, value in V.graph.env.items():
         if any(user is not total and product < user for user in node.users):
             boxes = (each for each in tree_leaves(value) if isinstance(each, ir.TensorBox))
-            if any(buffer in _buffers(each) for each in boxes):
+            if any(_touches(_data(each), buffer) for each in boxes):
                 return True
     return False
