@@ -193,9 +193,14 @@ def measure(setting: Setting, variant: Variant) -> dict[str, Any]:
     row |= time_call(call, device, warmup_ms=50, rep_ms=250).record()
     row["ms_again"] = time_call(call, device, warmup_ms=10, rep_ms=150).ms
     row["kernels"] = kernels_of(call, device)
-    exact = row["sqnr_float32_db"]
-    wrong = None if exact is None or exact >= LEAST_SQNR else f"SQNR to float32 is {exact:.1f} dB, under {LEAST_SQNR}"
-    return row | {"status": OK if wrong is None else WRONG, "reason": wrong}
+    return row | verdict(row["sqnr_float32_db"])
+
+
+def verdict(sqnr_float32_db: float | None) -> dict[str, Any]:
+    """The status of a row, by its result's ratio to the float32 model's, and why."""
+    wrong = sqnr_float32_db is not None and sqnr_float32_db < LEAST_SQNR
+    reason = f"SQNR to float32 is {sqnr_float32_db:.1f} dB, under {LEAST_SQNR}" if wrong else None
+    return {"status": WRONG if wrong else OK, "reason": reason}
 
 
 def peak_mb(call: Callable[[], Any], device: torch.device, reserved: int) -> float | None:

@@ -29,6 +29,11 @@ class Timing:
     ms_p80: float
     method: str
 
+    @classmethod
+    def of(cls, times_ms: Sequence[float], method: str) -> Timing:
+        quantiles = torch.tensor(times_ms, dtype=torch.float64).quantile(torch.tensor(_QUANTILES, dtype=torch.float64))
+        return cls(*quantiles.tolist(), method)
+
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -42,8 +47,7 @@ def time_call(call: Callable[[], Any], device: torch.device, warmup_ms: float = 
     from torch.utils.benchmark import Timer
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    times = torch.tensor(timer.blocked_autorange(min_run_time=rep_ms / 1e3).times, dtype=torch.float64)
-    return Timing(*(times.quantile(torch.tensor(_QUANTILES, dtype=torch.float64)) * 1e3).tolist(), WALL)
+    return Timing.of([1e3 * each for each in timer.blocked_autorange(min_run_time=rep_ms / 1e3).times], WALL)
 
 
 def rotation(bytes_of_one: int, device: torch.device) -> int:
@@ -76,5 +80,4 @@ def time_graph(call: Callable[..., Any], operand_sets: Sequence[tuple[Tensor, ..
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / calls)
     del kept
-    quantiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor(_QUANTILES, dtype=torch.float64))
-    return Timing(*quantiles.tolist(), GRAPH)
+    return Timing.of(times, GRAPH)

@@ -7,7 +7,6 @@ all of them get their part of that; the ratios are of medians over all rounds.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -16,14 +15,16 @@ from typing import Any
 import torch
 
 from . import common
-from .common import OK, WRONG, Budget, say
-from .model_rows import LEAST_SQNR, First, Setting, compile_cache, first_call, setting_of, sqnr_db
+from .common import Budget, say
+from .model_rows import First, Setting, compile_cache, first_call, setting_of, sqnr_db, verdict
 from .models import workloads_of
-from .variants import VARIANTS
+from .timing import Timing
+from .variants import VARIANTS, Variant
 from .workloads import TINY, WORKLOADS, Workload
 
 CALLS = 3
 """Calls in a row that are timed; one before them brings the weights back into the caches."""
+METHOD = f"wall clock, {CALLS} calls a turn after one that is not timed"
 DEVICE = torch.device("cpu")
 
 
@@ -38,15 +39,17 @@ def times_of(first: First) -> list[float]:
     return times
 
 
-def rows_of(setting: Setting, names: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Compile every variant, then call them by turns."""
+def rows_of(setting: Setting, variants: list[Variant], rounds: int, budget: Budget) -> list[dict[str, Any]]:
+    """Compile every variant, then call them by turns, until the budget is spent; one turn each at least."""
     made: dict[str, First] = {}
-    for variant in VARIANTS:
-        if variant.name in names:
-            made[variant.name] = first_call(setting, variant)
-            say(f"{setting.workload.name}, {variant.name}: compiled in {made[variant.name].seconds:.1f} s")
+    for variant in variants:
+        made[variant.name] = first_call(setting, variant)
+        say(f"[{budget.elapsed:5.0f} s] {setting.workload.name}, {variant.name}: compiled in {made[variant.name].seconds:.1f} s")
     times: dict[str, list[float]] = {name: [] for name in made}
     for i in range(rounds):
+        if i and budget.spent():
+            say(f"{budget.seconds:.0f} s are spent: {i} of {rounds} turns")
+            break
         for name in list(made) if i % 2 else reversed(made):
             times[name] += times_of(made[name])
     return [_row(setting, name, first, times[name]) for name, first in made.items()]
@@ -54,13 +57,11 @@ def rows_of(setting: Setting, names: list[str], rounds: int) -> list[dict[str, A
 
 def _row(setting: Setting, name: str, first: First, times: list[float]) -> dict[str, Any]:
     """What is written of one variant."""
-    low, *_, high = statistics.quantiles(times, n=5)
-    sqnr = sqnr_db(first.call(), setting.exact)
-    wrong = None if sqnr is None or sqnr >= LEAST_SQNR else f"SQNR to float32 is {sqnr:.1f} dB, under {LEAST_SQNR}"
-    row = {"workload": setting.workload.name, "variant": name, "label": f"{setting.workload.name}, {name}"}
-    row |= {"ms": statistics.median(times), "ms_p20": low, "ms_p80": high, "ms_least": min(times), "calls": len(times)}
-    row |= {"compile_s": first.seconds, "sqnr_float32_db": sqnr, "status": OK if wrong is None else WRONG, "reason": wrong}
-    say(f"{row['label']}: {row['ms']:.3f} ms (p20 {low:.3f}, p80 {high:.3f}, least {row['ms_least']:.3f}), {row['status']}")
+    row: dict[str, Any] = {"workload": setting.workload.name, "variant": name, "label": f"{setting.workload.name}, {name}"}
+    row |= Timing.of(times, METHOD).record() | {"ms_least": min(times), "calls": len(times), "compile_s": first.seconds}
+    row["sqnr_float32_db"] = sqnr_db(first.call(), setting.exact)
+    row |= verdict(row["sqnr_float32_db"])
+    say(f"{row['label']}: {row['ms']:.3f} ms (p20 {row['ms_p20']:.3f}, p80 {row['ms_p80']:.3f}, least {row['ms_least']:.3f}), {row['status']}")
     return row
 
 
@@ -71,30 +72,46 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30, help="turns of each variant (default: 30)")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, for tests")
     common.add_arguments(parser, seconds=240)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.device != DEVICE.type:
+        raise SystemExit(f"--device must be {DEVICE.type}, got {options.device}")
+    if options.rounds < 1:
+        raise SystemExit(f"--rounds must be at least 1, got {options.rounds}")
+    return options
+
+
+def chosen(options: argparse.Namespace) -> tuple[list[Workload], list[Variant]]:
+    """What is asked for, all of which has to be there: without one of them there is nothing to compare."""
+    names = common.choose(options.variants, [each.name for each in VARIANTS], "--variants")
+    variants = [each for each in VARIANTS if each.name in names]
+    models = ["llama"] if options.tiny else ["minilm"]
+    workloads = workloads_of(TINY if options.tiny else WORKLOADS, models, options.workloads)
+    for each in (*workloads, *variants):
+        if (reason := each.lacks()) is not None:
+            raise SystemExit(f"{each.name}: {reason}")
+    return workloads, variants
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run, and write JSON after each workload. 1 when any result was wrong."""
     argv = common.program(argv)
     options = arguments(argv)
-    if options.device != DEVICE.type:
-        raise SystemExit(f"--device must be {DEVICE.type}, got {options.device}")
-    names = common.choose(options.variants, [each.name for each in VARIANTS], "--variants")
-    tiny = [each for each in TINY if each.lacks() is None][:1]
-    workloads: list[Workload] = tiny if options.tiny else workloads_of(WORKLOADS, ["minilm"], options.workloads)
+    workloads, variants = chosen(options)
     budget = Budget(options.seconds)
     record = common.environment(DEVICE, "benchmarks.turns", argv, options.commit)
     path = common.result_path("turns", record, options.out)
     result: dict[str, Any] = {"kind": "turns", "environment": record, "float": common.dtype_name(DEVICE), "rows": [], "left_out": []}
-    with torch.no_grad(), tempfile.TemporaryDirectory() as root, compile_cache(root):
+    # Variants share the model's code: beyond Dynamo's limit one of them would run eagerly.
+    with torch.no_grad(), tempfile.TemporaryDirectory() as root, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for workload in workloads:
             if budget.spent():
                 result["left_out"].append(workload.name)
                 continue
             model = workload.make(DEVICE, common.float_dtype(DEVICE))
-            result["rows"] += rows_of(setting_of(workload, model, DEVICE), names, options.rounds)
+            with compile_cache(root):
+                result["rows"] += rows_of(setting_of(workload, model, DEVICE), variants, options.rounds, budget)
             common.write_json(path, result)
+    common.write_json(path, result)
     say(f"wrote {path.name} in {budget.elapsed:.0f} s")
     return common.exit_code(result["rows"])
 
