@@ -146,9 +146,13 @@ class First:
     tuned: dict[str, int]
 
 
-def first_call(setting: Setting, variant: Variant) -> First:
-    """Prepare a copy of the model, compile it, and call it once."""
-    model = variant.prepare(copy.deepcopy(setting.base), setting.batches)
+def prepared(setting: Setting, variant: Variant) -> nn.Module:
+    """A copy of the model, as the variant has it compiled."""
+    return variant.prepare(copy.deepcopy(setting.base), setting.batches)
+
+
+def first_call(setting: Setting, variant: Variant, model: nn.Module) -> First:
+    """Compile a prepared model, and call it once."""
     release(setting.device)
     compiled = variant.compiled(model)
     call = lambda: compiled(setting.example)  # noqa: E731 - one name for what every helper below runs
@@ -178,7 +182,7 @@ def measure(setting: Setting, variant: Variant) -> dict[str, Any]:
     """Prepare, compile, check, time: the measured part of a row."""
     device = setting.device
     reserved = release(device)
-    first = first_call(setting, variant)
+    first = first_call(setting, variant, prepared(setting, variant))
     call, tensors = first.call, [*first.model.parameters(), *first.model.buffers()]
     row: dict[str, Any] = {"weights_mb": sum(map(stored_bytes, tensors)) / MEGA}
     row["compile_s"] = None if variant.mode is None else first.seconds

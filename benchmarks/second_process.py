@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import common
-from .model_rows import first_call, setting_of
+from .model_rows import first_call, prepared, setting_of
 from .variants import VARIANTS
 from .workloads import TINY, WORKLOADS
 
@@ -56,7 +56,7 @@ def measure(workload: str, variant: str, device: torch.device, started: float) -
     way = next(each for each in VARIANTS if each.name == variant)
     with torch.no_grad():
         setting = setting_of(chosen, chosen.make(device, common.float_dtype(device)), device)
-        first = first_call(setting, way)
+        first = first_call(setting, way, prepared(setting, way))
     hits = {"graphs": counters["inductor"]["fxgraph_cache_hit"], "autograd": counters["aot_autograd"]["autograd_cache_hit"]}
     return {
         "compile_s": first.seconds, "start_s": time.monotonic() - started - first.seconds, "graphs_compiled": first.report.graphs, "hits": hits,

@@ -7,16 +7,18 @@ all of them get their part of that; the ratios are of medians over all rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from . import common
 from .common import Budget, say
-from .model_rows import First, Setting, compile_cache, first_call, setting_of, sqnr_db, verdict
+from .model_rows import First, Setting, compile_cache, first_call, linears_of, prepared, setting_of, sqnr_db, verdict
 from .models import workloads_of
 from .timing import Timing
 from .variants import VARIANTS, Variant
@@ -28,37 +30,58 @@ METHOD = f"wall clock, {CALLS} calls a turn after one that is not timed"
 DEVICE = torch.device("cpu")
 
 
-def times_of(first: First) -> list[float]:
-    """Milliseconds of CALLS calls."""
-    first.call()
+@contextlib.contextmanager
+def compiling(graphs: bool, what: str) -> Iterator[None]:
+    """RuntimeError where Dynamo compiles nothing inside the block, or, with graphs=False, anything: another thing is called than is said then."""
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    yield
+    if (stats["unique_graphs"] > before) != graphs:
+        raise RuntimeError(f"{what}: must compile {'a graph of its own' if graphs else 'nothing'}, got {stats['unique_graphs'] - before} graphs")
+
+
+def times_of(first: First, variant: Variant) -> list[float]:
+    """Milliseconds of CALLS calls in a row, of what the first call has compiled."""
     times = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
+    with compiling(False, f"a turn of {variant.name}"):
         first.call()
-        times.append(1e3 * (time.perf_counter() - start))
+        for _ in range(CALLS):
+            start = time.perf_counter()
+            first.call()
+            times.append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def compiled(setting: Setting, variants: list[Variant]) -> dict[Variant, First]:
+    """Each variant's first call. All models are prepared before: torch.export, which PT2E needs, makes Dynamo forget what it has compiled."""
+    models = {variant: prepared(setting, variant) for variant in variants}
+    firsts = {}
+    for variant, model in models.items():
+        with compiling(variant.mode is not None, variant.name):
+            firsts[variant] = first_call(setting, variant, model)
+        say(f"{setting.workload.name}, {variant.name}: compiled in {firsts[variant].seconds:.1f} s")
+    return firsts
 
 
 def rows_of(setting: Setting, variants: list[Variant], rounds: int, budget: Budget) -> list[dict[str, Any]]:
     """Compile every variant, then call them by turns, until the budget is spent; one turn each at least."""
-    made: dict[str, First] = {}
-    for variant in variants:
-        made[variant.name] = first_call(setting, variant)
-        say(f"[{budget.elapsed:5.0f} s] {setting.workload.name}, {variant.name}: compiled in {made[variant.name].seconds:.1f} s")
-    times: dict[str, list[float]] = {name: [] for name in made}
+    firsts = compiled(setting, variants)
+    times: dict[Variant, list[float]] = {variant: [] for variant in variants}
     for i in range(rounds):
         if i and budget.spent():
             say(f"{budget.seconds:.0f} s are spent: {i} of {rounds} turns")
             break
-        for name in list(made) if i % 2 else reversed(made):
-            times[name] += times_of(made[name])
-    return [_row(setting, name, first, times[name]) for name, first in made.items()]
+        for variant in variants if i % 2 else reversed(variants):
+            times[variant] += times_of(firsts[variant], variant)
+    return [_row(setting, variant, firsts[variant], times[variant]) for variant in variants]
 
 
-def _row(setting: Setting, name: str, first: First, times: list[float]) -> dict[str, Any]:
+def _row(setting: Setting, variant: Variant, first: First, times: list[float]) -> dict[str, Any]:
     """What is written of one variant."""
+    name = variant.name
     row: dict[str, Any] = {"workload": setting.workload.name, "variant": name, "label": f"{setting.workload.name}, {name}"}
     row |= Timing.of(times, METHOD).record() | {"ms_least": min(times), "calls": len(times), "compile_s": first.seconds}
+    row["linears"] = linears_of(first.report) if variant.group == "ours" else None
     row["sqnr_float32_db"] = sqnr_db(first.call(), setting.exact)
     row |= verdict(row["sqnr_float32_db"])
     say(f"{row['label']}: {row['ms']:.3f} ms (p20 {row['ms_p20']:.3f}, p80 {row['ms_p80']:.3f}, least {row['ms_least']:.3f}), {row['status']}")

@@ -196,6 +196,19 @@ def test_variants_by_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "1 s are spent: 4 of 10 turns" in capsys.readouterr().out
 
 
+def test_a_turn_is_of_what_was_compiled() -> None:
+    """Dynamo gives one variant what it has compiled for another with the same guards, and compiles again what it was made to forget."""
+    stock = next(each for each in VARIANTS if each.name == "stock-default")
+    setting = setting_of(TINY[1], TINY[1].make(CPU, torch.float32), CPU)
+    with inductor_config.patch(compile_threads=1):
+        firsts = turns.compiled(setting, [stock])
+        with pytest.raises(RuntimeError, match=r"^frozen: must compile a graph of its own, got 0 graphs$"):
+            turns.compiled(setting, [dataclasses.replace(stock, name="frozen", freezing=True)])
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match=r"^a turn of stock-default: must compile nothing, got 1 graphs$"):
+            turns.times_of(firsts[stock], stock)
+
+
 def test_a_spent_budget_leaves_workloads_out(tmp_path: Path) -> None:
     assert turns.main([*TURNS, "--variants", "stock-eager", "--seconds", "0", "--out", str(tmp_path)]) == 0
     result, _ = only_result(tmp_path)
