@@ -185,7 +185,12 @@ def experts_figure(result: dict[str, Any]) -> Figure:
     return models_figure(result, "Layers of experts")
 
 
-FIGURES = {"gemm": gemm_figure, "models": models_figure, "accuracy": accuracy_figure, "experts": experts_figure}
+def turns_figure(result: dict[str, Any]) -> Figure:
+    """One panel a workload."""
+    return models_figure(tables.of_turns(result), "Models by turns")
+
+
+FIGURES = {"gemm": gemm_figure, "models": models_figure, "turns": turns_figure, "accuracy": accuracy_figure, "experts": experts_figure}
 
 
 def draw(path: Path) -> Path | None:

@@ -51,6 +51,7 @@ SECTIONS = (
     Section("Layers of experts", "experts", ("cuda",), (tables.experts,), _left_out),
     Section("Scaled INT8 products on a CPU", "gemm", ("cpu",), (tables.means,), tables.notes),
     Section("Whole models on a CPU", "models", ("cpu",), (tables.models,), _left_out),
+    Section("Whole models on a CPU, called by turns", "turns", ("cpu",), (tables.turns,), _left_out),
     Section("Accuracy", "accuracy", ("cuda", "cpu"), (tables.accuracy,), tables.accuracy_notes),
 )
 

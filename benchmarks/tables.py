@@ -185,6 +185,32 @@ def models(result: dict[str, Any]) -> Table:
     return header, rows
 
 
+def of_turns(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of benchmarks.turns with what those of benchmarks.models have besides: groups, and the order of the run."""
+    workloads = list(dict.fromkeys(row["workload"] for row in result["rows"]))
+    places = [
+        {"group": row["variant"].partition("-")[0], "workload_index": workloads.index(row["workload"]), "variant_index": i}
+        for i, row in enumerate(result["rows"])
+    ]
+    return result | {"rows": [row | place for row, place in zip(result["rows"], places, strict=True)]}
+
+
+def turns(result: dict[str, Any]) -> Table:
+    """One line for each workload and variant; the ratio is to the workload's fastest stock variant."""
+    header = ["workload, variant", "ms", "p20..p80", f"vs best {result['float']}", "compile s", "SQNR dB"]
+    rows, known = [], of_turns(result)["rows"]
+    for row in known:
+        base = best([each for each in known if each["workload"] == row["workload"] and each["group"] == BASELINE])
+        if row["status"] != OK:
+            rows.append([row["label"], "FAILED", *["-"] * (len(header) - 2)])
+            continue
+        rows.append([
+            row["label"], f"{row['ms']:.3f}", f"{row['ms_p20']:.3f}..{row['ms_p80']:.3f}", times(base["ms"] / row["ms"] if base else None),
+            f"{row['compile_s']:.1f}", _number(row["sqnr_float32_db"], 1),
+        ])  # fmt: skip
+    return header, rows
+
+
 def accuracy(result: dict[str, Any]) -> Table:
     """One line for each subject and scheme: perplexity and what it costs, noise of the output, and the noisiest and the median layer."""
     header = ["subject, scheme", "perplexity", "vs float32", "output SQNR dB", "median layer dB", "worst layer dB", "worst layer", "weights MB"]

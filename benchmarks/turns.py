@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import common
+from . import common, plot, tables
 from .common import Budget, say
 from .model_rows import First, Setting, compile_cache, first_call, linears_of, prepared, setting_of, sqnr_db, verdict
 from .models import workloads_of
@@ -83,9 +83,7 @@ def _row(setting: Setting, variant: Variant, first: First, times: list[float]) -
     row |= Timing.of(times, METHOD).record() | {"ms_least": min(times), "calls": len(times), "compile_s": first.seconds}
     row["linears"] = linears_of(first.report) if variant.group == "ours" else None
     row["sqnr_float32_db"] = sqnr_db(first.call(), setting.exact)
-    row |= verdict(row["sqnr_float32_db"])
-    say(f"{row['label']}: {row['ms']:.3f} ms (p20 {row['ms_p20']:.3f}, p80 {row['ms_p80']:.3f}, least {row['ms_least']:.3f}), {row['status']}")
-    return row
+    return row | verdict(row["sqnr_float32_db"])
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -116,7 +114,7 @@ def chosen(options: argparse.Namespace) -> tuple[list[Workload], list[Variant]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, and write JSON after each workload. 1 when any result was wrong."""
+    """Run, and write JSON after each workload, and a PNG. 1 when any result was wrong."""
     argv = common.program(argv)
     options = arguments(argv)
     workloads, variants = chosen(options)
@@ -135,7 +133,9 @@ def main(argv: list[str] | None = None) -> int:
                 result["rows"] += rows_of(setting_of(workload, model, DEVICE), variants, options.rounds, budget)
             common.write_json(path, result)
     common.write_json(path, result)
-    say(f"wrote {path.name} in {budget.elapsed:.0f} s")
+    plot.draw(path)
+    say("\n" + tables.text(*tables.turns(result)))
+    say(f"wrote {path.name} and {path.with_suffix('.png').name} in {budget.elapsed:.0f} s")
     return common.exit_code(result["rows"])
 
 

@@ -16,6 +16,7 @@ import torch
 from matplotlib.text import Text
 from processes import python
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 import examples.minilm.__main__ as demo
 from examples.minilm.chart import draw
@@ -109,6 +110,14 @@ class ThreeKernels(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden = nn.functional.gelu(self.linear(ids)).view(-1, 2, 3)
         return hidden.transpose(1, 2).contiguous().view(-1, 6)
+
+
+def test_weights_are_frozen_while_a_variant_compiles_on_the_cpu():
+    variant, seen = Variant("one", ThreeKernels()), []
+    variant.run = lambda *batch: seen.append(inductor_config.freezing) or variant.module(*batch)
+    prepare([variant], (torch.randn(2, 4), torch.ones(2, 4)))
+    assert set(seen) == {True}
+    assert not inductor_config.freezing
 
 
 def test_kernels_are_counted_and_rounds_keep_every_embedding_once():

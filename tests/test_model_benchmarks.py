@@ -15,7 +15,7 @@ from benchmark_support import CPU, ENVIRONMENT_FIELDS, is_png, one_thread, only_
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from benchmarks import minilm, models, second_process, turns
+from benchmarks import minilm, models, second_process, tables, turns
 from benchmarks.model_rows import compile_cache, counting_tunings, setting_of, verdict
 from benchmarks.variants import VARIANTS, Variant
 from benchmarks.workloads import TINY, WORKLOADS
@@ -186,7 +186,12 @@ def test_variants_by_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [(row["variant"], row["calls"], row["status"]) for row in result["rows"]] == [(name, 2 * turns.CALLS, "ok") for name in names]
     for row in result["rows"]:
         assert 0 < row["ms_least"] <= row["ms_p20"] <= row["ms"] <= row["ms_p80"]
-    path.unlink()
+    assert is_png(path.with_suffix(".png"))
+    header, lines = tables.turns(result)
+    assert [(line[0], line[header.index("vs best fp32")]) for line in lines] == [
+        ("tiny Llama, 1 x 8, stock-eager", "1.00x"),
+        ("tiny Llama, 1 x 8, ours-dynamic-frozen", f"{result['rows'][0]['ms'] / result['rows'][1]['ms']:.2f}x"),
+    ]
     times = iter([0.0] * 3 + [1.0] * 9)
     budget = SimpleNamespace(seconds=1.0, elapsed=1.0, spent=lambda: next(times) > 0)
     setting = setting_of(TINY[1], TINY[1].make(CPU, torch.float32), CPU)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -23,6 +24,9 @@ KERNELS_ARE = {
     "cuda": "kernels that ran on the GPU, those inside CUDA graphs included (copies and fills by the driver left out)",
 }
 """What the column "kernels" counts, by device."""
+
+FREEZES = {"cpu": True, "cuda": False}
+"""Whether Inductor makes constants of the weights, float and int8, by device: oneDNN packs them then, when the graph is compiled."""
 
 NO_WORK = frozenset(
     "aten::" + name
@@ -55,7 +59,7 @@ def prepare(variants: list[Variant], batch: Batch) -> None:
     for number, variant in enumerate(variants, 1):
         print(f"[{number}/{len(variants)}] {variant.name} on {variant.device}: compile and count kernels", file=sys.stderr, flush=True)
         on_device = (batch[0].to(variant.device), batch[1].to(variant.device))
-        with torch.inference_mode():
+        with torch.inference_mode(), inductor_config.patch(freezing=FREEZES[variant.device]):
             _, variant.compile_seconds = _call(variant, on_device)
             for _ in range(WARMUPS):
                 _call(variant, on_device)
