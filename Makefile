@@ -20,7 +20,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PINS := $(PYTHON) $(TORCH) $(TRITON)
 MADE_WITH := $(shell cat $(READY) 2>/dev/null)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(CI),--quiet)
+# Byte code is made at the first import, of what is imported: all of it takes as long as the rest of the set-up.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile $(if $(CI),--quiet)
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
