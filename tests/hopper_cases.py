@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from int8_inductor.templates import hopper, hopper_blocks, hopper_int4, hopper_scaled_mm, hopper_weights
+from int8_inductor.templates import hopper, hopper_blocks, hopper_scaled_mm, hopper_weights
+from int8_inductor.templates.hopper_int4 import INT4_MM
 from int8_inductor.templates.problem import Device, Problem
 from int8_inductor.templates.tail import COLUMN, CONSTANT, OF_EACH_WEIGHT, ROW, SCALAR, Indexing, Tail
 
@@ -37,9 +38,9 @@ WEIGHT_CONFIGS = (
     dataclasses.replace(hopper_weights.TILES[-1], splits=2),
 )
 INT4_CONFIGS = (
-    *hopper_int4.TILES,
-    dataclasses.replace(hopper_int4.TILES_OF_PARTS[0], splits=4),
-    dataclasses.replace(hopper_int4.TILES_OF_PARTS[2], splits=2),
+    *(tile for each in INT4_MM for tile in each.tiles),
+    dataclasses.replace(INT4_MM[0].of_parts[0], splits=4),
+    dataclasses.replace(INT4_MM[1].of_parts[0], splits=2),
 )
 """Those that run on a GPU: every tile, and two of each that are split."""
 
@@ -57,6 +58,11 @@ class Job:
     @property
     def loop(self) -> hopper.Loop:
         return getattr(self.template, "LOOP", None) or self.template.loop  # type: ignore[no-any-return]
+
+    @property
+    def in_words(self) -> bool:
+        """Whether the kernel reads a packed weight as it is."""
+        return self.loop.left.dtype == "int32"
 
     def program(self, **more: Any) -> tuple[str, str]:
         """The kernel's text and its launch. more: constants besides the config's."""
@@ -79,7 +85,7 @@ def _box(name: str, job: Job) -> Any:
     in_loop = {"A_SCALE": [M, job.k // 128], "B_SCALE": [N, job.k // 128]}
     rows = {ROW: [M], COLUMN: [N], SCALAR: [1], OF_EACH_WEIGHT: [N]}
     if plain in ("A", "B"):
-        packed = loop.unpack or job.template is hopper_int4
+        packed = loop.unpack or job.in_words
         size = [M, job.k] if plain == "A" else [N, job.k // (1 + packed)]
         dtype = dtype if plain == "A" else torch.uint8 if packed else torch.int8
     else:
@@ -102,8 +108,8 @@ JOBS = [
     *(Job(hopper_blocks.INT8_INT4_MM, config, dataclasses.replace(LONGEST, b_scale=None)) for config in hopper_blocks.CONFIGS),
     *(Job(hopper_weights, config, _tail(config, a_scale=None), torch.bfloat16) for config in hopper_weights.CONFIGS),
     Job(hopper_weights, hopper_weights.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None), torch.float16),
-    *(Job(hopper_int4, config, _tail(config, a_scale=None, b_scale=None), torch.bfloat16) for config in hopper_int4.CONFIGS),
-    Job(hopper_int4, hopper_int4.CONFIGS[0], dataclasses.replace(LONGEST, a_scale=None, b_scale=None), torch.float16),
+    *(Job(each, config, _tail(config, a_scale=None, b_scale=None), torch.bfloat16) for each in INT4_MM for config in each.configs),
+    Job(INT4_MM[0], INT4_MM[0].configs[0], dataclasses.replace(LONGEST, a_scale=None, b_scale=None), torch.float16),
 ]
 
 

@@ -33,7 +33,8 @@ from int8_inductor.gluon.program import Box, Launch
 from int8_inductor.gluon.template import memory_in_words, swapped
 from int8_inductor.int4 import unpack_int4
 from int8_inductor.products.scaled_mm import ZERO_POINT_DTYPES
-from int8_inductor.templates import LOWERINGS, hopper, hopper_blocks, hopper_int4, hopper_scaled_mm, hopper_weights
+from int8_inductor.templates import LOWERINGS, hopper, hopper_blocks, hopper_scaled_mm, hopper_weights
+from int8_inductor.templates.hopper_int4 import INT4_MM
 from int8_inductor.templates.problem import Problem
 from int8_inductor.templates.tail import COLUMN, ROW, Tail
 
@@ -43,8 +44,12 @@ TEMPLATES = {
     "block_scaled_mm": hopper_blocks.BLOCK_SCALED_MM,
     "int8_int4_mm": hopper_blocks.INT8_INT4_MM,
     "weight_int8_mm": hopper_weights,
-    "weight_int4_mm": hopper_int4,
 }
+
+
+def template_of(product: str, config: hopper.HopperConfig) -> Any:
+    """The template that has it."""
+    return TEMPLATES[product] if product in TEMPLATES else next(each for each in INT4_MM if config in each.configs)
 
 
 @contextmanager
@@ -55,10 +60,10 @@ def only(product: str, config: hopper.HopperConfig) -> Iterator[None]:
         """The template, with one candidate."""
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(TEMPLATES[product], name)
+            return getattr(template_of(product, config), name)
 
         def candidates(self, problem: Problem, device: Any, tail: Tail, *, thorough: bool) -> list[hopper.HopperConfig]:
-            assert TEMPLATES[product].is_legal(config, problem, device, tail), device
+            assert template_of(product, config).is_legal(config, problem, device, tail), device
             return [config]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +155,7 @@ def test_machine_code() -> None:
         assert code.shared <= loop.shared_memory(job.config), (job, code)
         assert job.config.programs * (code.shared + 1024) <= 228 * 1024, (job, code)
         # What stays in flight: the newest product; beside few rows nothing, there are other programs.
-        assert code.waits[0] == (job.template is not hopper_int4), (job, code)
+        assert code.waits[0] == (not job.in_words), (job, code)
 
 
 def test_a_compile_worker_leaves_the_kernel_in_tritons_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +210,9 @@ def test_what_is_legal() -> None:
         assert template.is_legal(hopper_blocks.CONFIGS[0], dataclasses.replace(problem, groups=(groups,)), H200, tail) is (groups == 128)
     weights = dataclasses.replace(problem, a_bytes=2)
     for group in (32, 64, 128):
-        assert hopper_int4.is_legal(hopper_int4.CONFIGS[0], dataclasses.replace(weights, groups=(group,)), H200, tail) is (group == 128)
-    assert not hopper_int4.is_legal(hopper_int4.CONFIGS[0], dataclasses.replace(weights, groups=(128,), a_bytes=4), H200, tail)
+        for each in INT4_MM:
+            assert each.is_legal(each.configs[0], dataclasses.replace(weights, groups=(group,)), H200, tail) is (group == 128)
+            assert not each.is_legal(each.configs[0], dataclasses.replace(weights, groups=(128,), a_bytes=4), H200, tail)
     assert hopper_weights.is_legal(hopper_weights.CONFIGS[0], weights, H200, tail)
     assert not hopper_weights.is_legal(hopper_weights.CONFIGS[0], dataclasses.replace(weights, a_bytes=4), H200, tail)
     split = dataclasses.replace(hopper_weights.TILES[0], splits=2)
@@ -255,9 +261,16 @@ def test_candidates_are_few_and_not_mostly_padding(m: int) -> None:
 def test_an_int4_weight_is_split_where_tiles_are_few(m: int, n: int, k: int, columns: int, splits: list[int]) -> None:
     """The narrowest tile, and as many parts of K as run at once; none where M, and with it the memory for the sums, is not known."""
     problem = Problem(m, n, k, k, tma=True, groups=(128,), a_bytes=2, static_m=m)
-    found = hopper_int4.candidates(problem, H200, FAST, thorough=False)
+    found = int4_candidates(problem)
     assert [(each.columns, each.splits) for each in found] == [(columns, each) for each in splits]
-    assert [each.splits for each in hopper_int4.candidates(dataclasses.replace(problem, static_m=None), H200, FAST, thorough=False)] == [1]
+    assert [each.splits for each in int4_candidates(dataclasses.replace(problem, static_m=None))] == [1]
+
+
+def int4_candidates(problem: Problem) -> list[hopper.HopperConfig]:
+    """Of both templates, of which one has any."""
+    first, second = (each.candidates(problem, H200, FAST, thorough=False) for each in INT4_MM)
+    assert not (first and second)
+    return first or second
 
 
 def test_for_which_devices_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,8 @@ class HopperConfig:
 class Loop:
     """A main loop. name: of its kernels. text: Gluon statements, from the place of a tile to `dot` [ROWS, COLUMNS], int32 or float32, in layout L.
 
-    left, right: boxes of one step, of 0 rows; their rows are the config's, and an activation's dtype its own. k: of a step. steps: how many a trip of
-    the loop may have, the best first; trips are whole.
+    left, right: boxes of one step, of 0 rows; their rows are the config's, and an activation's dtype its own. boxes: how many of the right operand a
+    step has side by side. k: of a step. steps: how many a trip of the loop may have, the best first; trips are whole.
     transposed: whether the weight is the left operand, so that the tile lies transposed. operands: that the loop reads besides a and b.
     functions: of its own. instruction_k: K of one tensor-core instruction. unpack: whether the weight is int4, unpacked in memory.
     splits: whether it may be given a part of K: it counts steps from `first_step`, or does not count them.
@@ -69,11 +69,12 @@ class Loop:
     functions: str = ""
     unpack: bool = False
     splits: bool = False
+    boxes: int = 1
 
     def stage_bytes(self, config: HopperConfig) -> int:
         """Bytes of shared memory of one stage."""
         left = config.rows * config.parts * self.left.columns * self.left.element.itemsize
-        return left + config.columns * self.right.columns * self.right.element.itemsize
+        return left + self.boxes * config.columns * self.right.columns * self.right.element.itemsize
 
     def shared_memory(self, config: HopperConfig) -> int:
         """Bytes of shared memory that a program takes: stages, barriers, and what turning the tile around takes for each part."""
@@ -143,6 +144,7 @@ def _source(loop: Loop, tail: Tail) -> str:
         "ALL_ROWS": weights.rows,
         "LEFT_COLUMNS": str(loop.left.columns),
         "RIGHT_COLUMNS": str(loop.right.columns),
+        "RIGHT_BOXES": str(loop.boxes),
         "INSTRUCTION_K": str(loop.instruction_k),
         "STORED_THREADS": "[4, 8]" if loop.transposed else "[2, 16]",
         "FUNCTIONS": loop.functions,

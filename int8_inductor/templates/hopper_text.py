@@ -25,6 +25,7 @@ STEPS = tl.constexpr({{STEPS}})
 SPLITS = tl.constexpr({{SPLITS}})
 LEFT_STEP = tl.constexpr(LEFT_COLUMNS)
 RIGHT_STEP = tl.constexpr(RIGHT_COLUMNS)
+BOXES = tl.constexpr(RIGHT_BOXES)
 BYTES = tl.constexpr({{BYTES}})
 L = tl.constexpr(
     tl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {{INSTRUCTION_N}}, INSTRUCTION_K])
@@ -68,7 +69,10 @@ PICK_TILES
                 load_box(
                     LEFT, [first_left, step * LEFT_STEP], ready.index(stage), left_boxes.index(stage * PARTS + part)
                 )
-            load_box(RIGHT, [first_right, step * RIGHT_STEP], ready.index(stage), right_boxes.index(stage))
+            for box in tl.static_range(BOXES):
+                load_box(
+                    RIGHT, [first_right, (step * BOXES + box) * RIGHT_STEP], ready.index(stage), right_boxes.index(stage * BOXES + box)
+                )
             stage, phase = advance(stage, phase)
 
 
@@ -134,7 +138,7 @@ FINISHED
 @gluon.jit(do_not_specialize=["M"])
 def kernel(a_tiles, B_TILES, POINTERS OUT, M):
     left_boxes = tl.allocate_shared_memory(LEFT.dtype, [STAGES * PARTS, ROWS, LEFT_STEP], LEFT.layout)
-    right_boxes = tl.allocate_shared_memory(RIGHT_0.dtype, [STAGES, COLUMNS, RIGHT_STEP], RIGHT_0.layout)
+    right_boxes = tl.allocate_shared_memory(RIGHT_0.dtype, [STAGES * BOXES, COLUMNS, RIGHT_STEP], RIGHT_0.layout)
     ready = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = tl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = tl.allocate_shared_memory(tl.int64, [2, 1], mbarrier.MBarrierLayout())

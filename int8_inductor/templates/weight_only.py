@@ -160,7 +160,7 @@ LOWERINGS = (
     ),
     Lowering(
         WEIGHT_INT4_MM,
-        (*_templates(INT4, GROUP_CONFIGS, WeightStream, WeightVector), hopper_int4),
+        (*_templates(INT4, GROUP_CONFIGS, WeightStream, WeightVector), *hopper_int4.INT4_MM),
         _expand_int4,
         _memory,
         expands=_expands,
