@@ -238,10 +238,11 @@ def test_k_is_split_where_tiles_are_few(m: int, n: int, k: int, splits: int) -> 
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 100, 256, 6304])
 def test_candidates_are_few_and_not_mostly_padding(m: int) -> None:
     rows = {"scaled_mm": (65, m), "weight_int8_mm": (33, m), "weight_int4_mm": (5, 191)}
-    for name, template in TEMPLATES.items():
+    for name in (*TEMPLATES, "weight_int4_mm"):
         groups = (128,) if "block" in name or "int4" in name else ()
         problem = Problem(m, 4096, 4096, 4096, tma=True, groups=groups, a_bytes=2 if name.startswith("weight") else 1)
-        found = template.candidates(problem, H200, FAST, thorough=True)
+        template = TEMPLATES.get(name)
+        found = template.candidates(problem, H200, FAST, thorough=True) if template else int4_candidates(problem)
         assert len(found) <= getattr(template, "TIMED", 2)
         least, most = rows.get(name, (256, m))
         assert bool(found) is (least <= m <= most)
