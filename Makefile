@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PINS := $(PYTHON) $(TORCH) $(TRITON)
 MADE_WITH := $(shell cat $(READY) 2>/dev/null)
-# Byte code is made at the first import, of what is imported: all of it takes as long as the rest of the set-up.
+# Byte code is made at the end, on all cores: pip makes it on one.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile $(if $(CI),--quiet)
 
 .DELETE_ON_ERROR:
@@ -33,9 +33,10 @@ help:
 demo: $(READY)
 	$(BIN)/python -m examples.minilm $(DEMO_ARGS)
 
-# One thread for each worker: with two OpenMP threads each, two workers would wait for one another on two cores.
+# One thread for each worker: with two OpenMP threads each, two workers would wait for one another on two cores. Inductor would build a program in each
+# new cache to see whether the CPU has the instructions that it says it has.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -60,5 +61,6 @@ $(READY): pyproject.toml Makefile
 	@$(PIP) '$(TORCH)' '$(TRITON)' --editable '.[test]'
 	@echo "[4/4] $(VENV): $(FILES_ALONE), without what they depend on"
 	@$(PIP) --no-deps $(FILES_ALONE)
+	@$(BIN)/python -c 'import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)'
 	@echo '$(PINS)' > $(READY)
 	@echo "$(VENV) is ready"
