@@ -8,6 +8,7 @@ tile is turned to rows of 16 bytes a thread before it is stored: stored as the t
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from .problem import Device, Problem, tiles
 from .tail import Tail, indented
 from .weights import expanded
 
-__all__ = ["HopperConfig", "Loop", "hopper_template", "is_legal", "launch_constants", "useful"]
+__all__ = ["HopperConfig", "HopperTemplate", "Loop", "hopper_template", "is_legal", "launch_constants", "useful"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def _source(loop: Loop, tail: Tail) -> str:
     return re.sub(rf"\b(?:{'|'.join(parts)})\b", lambda match: parts[match.group()], MODULE)
 
 
+@functools.cache
 def hopper_template(loop: Loop, tail: Tail) -> GluonTemplate:
     """The template of a main loop with that tail."""
 
@@ -216,3 +218,18 @@ def launch_constants(loop: Loop, config: HopperConfig, problem: Problem) -> dict
         "BYTES": loop.stage_bytes(config),
         "INSTRUCTION_N": min(config.columns, 128 if loop.instruction_k == 32 else 256),
     } | ({"TURNS": True} if config.turns else {})
+
+
+@dataclass(frozen=True)
+class HopperTemplate:
+    """What templates that are objects have in common."""
+
+    loop: Loop
+
+    def template(self, tail: Tail) -> GluonTemplate:
+        """The template with that tail."""
+        return hopper_template(self.loop, tail)
+
+    def constants(self, config: HopperConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, Any]:
+        """The constants of a kernel."""
+        return launch_constants(self.loop, config, problem)

@@ -12,14 +12,11 @@ from 1024 rows on than unpacking it in registers for each tile (4096 x 4096 x 40
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 from ..gluon.program import Box
-from ..gluon.template import GluonTemplate
 from . import hopper
-from .hopper import HopperConfig, Loop
+from .hopper import HopperConfig, HopperTemplate, Loop
 from .problem import Device, Problem
 from .tail import Tail
 
@@ -103,10 +100,9 @@ CONFIGS = (HopperConfig(64, 2, 128, 6), HopperConfig(64, 2, 128, 6, turns=True))
 
 
 @dataclass(frozen=True)
-class HopperBlocks:
+class HopperBlocks(HopperTemplate):
     """The template of one such product."""
 
-    loop: Loop
     configs: tuple[HopperConfig, ...] = CONFIGS
 
     def is_legal(self, config: HopperConfig, problem: Problem, device: Device, tail: Tail) -> bool:
@@ -116,19 +112,6 @@ class HopperBlocks:
     def candidates(self, problem: Problem, device: Device, tail: Tail, *, thorough: bool) -> list[HopperConfig]:
         """The configs worth timing: the legal ones, for many rows."""
         return [config for config in self.configs if problem.m >= LEAST_ROWS and self.is_legal(config, problem, device, tail)]
-
-    def template(self, tail: Tail) -> GluonTemplate:
-        """The template with that tail."""
-        return _template(self.loop, tail)
-
-    def constants(self, config: HopperConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, Any]:
-        """The constants of a kernel."""
-        return hopper.launch_constants(self.loop, config, problem)
-
-
-@functools.cache
-def _template(loop: Loop, tail: Tail) -> GluonTemplate:
-    return hopper.hopper_template(loop, tail)
 
 
 BLOCK_SCALED_MM = HopperBlocks(

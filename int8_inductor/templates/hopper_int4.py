@@ -6,21 +6,18 @@ between lanes, and K keeps its order, which the activation's boxes have too. A g
 few, K is split (see hopper_weights.py).
 
 A step has two groups beside up to 32 rows of the activation: boxes of weights are 128 bytes wide then, as descriptors read narrow ones at no more
-rows a second; beside more rows, whose sums take more registers, one. On an H200 (kernels in CUDA graphs, dependent launches), us, M = 16, in
-parentheses boxes of 64 and of 32 bytes: 6144 x 4096 9.8 (10.0, 10.1), 4096 x 4096 7.9 (8.5, 8.9), 28672 x 4096 25.2 (26.3, 27.6), 4096 x 14336 15.9
-(16.6, 17.1). At M = 4 it is behind weight_stream.py but for N = 28672.
+rows a second; beside more rows, whose sums take more registers, one. On an H200 (kernels in CUDA graphs, dependent launches), us, M = 16, the same
+configs with boxes of 128, 64 and 32 bytes: 6144 x 4096 9.8, 10.0, 10.1; 4096 x 4096 8.5, 8.9, 8.9; 28672 x 4096 25.2, 26.3, 27.6; 4096 x 14336 16.0,
+17.0, 17.1. At M = 4 it is behind weight_stream.py but for N = 28672.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..gluon.program import Box
-from ..gluon.template import GluonTemplate
 from . import hopper
-from .hopper import HopperConfig, Loop
+from .hopper import HopperConfig, HopperTemplate, Loop
 from .hopper_text import LEFT_OPERAND
 from .problem import Device, Problem, tiles
 from .rivals import EXPANDED_ROWS
@@ -164,12 +161,11 @@ TIMED = 2
 
 
 @dataclass(frozen=True)
-class HopperInt4:
+class HopperInt4(HopperTemplate):
     """The template for `least` to `most` rows of the activation. tiles: of whole products, the narrowest first; of_parts: of split ones, whose
     tail is another kernel's.
     """
 
-    loop: Loop
     least: int
     most: int
     tiles: tuple[HopperConfig, ...]
@@ -192,23 +188,10 @@ class HopperInt4:
         fit = [config for config in legal if config.splits == 1 or _fits(config, problem, device)]
         return sorted(fit, key=lambda config: -config.splits)[:TIMED]
 
-    def template(self, tail: Tail) -> GluonTemplate:
-        """The template with that tail."""
-        return _template(self.loop, tail)
-
-    def constants(self, config: HopperConfig, problem: Problem, device: Device, tail: Tail) -> dict[str, Any]:
-        """The constants of a kernel."""
-        return hopper.launch_constants(self.loop, config, problem)
-
 
 def _fits(config: HopperConfig, problem: Problem, device: Device) -> bool:
     programs = tiles(problem, config.columns, config.rows * config.parts) * config.splits
     return programs <= config.programs * device.multiprocessors and problem.k >= GROUP * LEAST_GROUPS * config.splits
-
-
-@functools.cache
-def _template(loop: Loop, tail: Tail) -> GluonTemplate:
-    return hopper.hopper_template(loop, tail)
 
 
 # As many programs as registers allow: each waits for its own products, and the others go on.

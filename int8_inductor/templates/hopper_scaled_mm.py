@@ -6,7 +6,6 @@ and that one: 8192 cubed 701 and 756; 1024 x 4096 x 14336 75.8 and 84; 6304 x 23
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from ..gluon.program import Box
@@ -49,7 +48,6 @@ def candidates(problem: Problem, device: Device, tail: Tail, *, thorough: bool) 
     return [config for config in CONFIGS if is_legal(config, problem, device, tail) and hopper.useful(LOOP, config, problem)]
 
 
-@functools.cache
 def template(tail: Tail) -> GluonTemplate:
     """The template with that tail."""
     return hopper.hopper_template(LOOP, tail)

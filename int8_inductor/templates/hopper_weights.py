@@ -5,13 +5,12 @@ for the first of a trip through the loop. Pairs of int8 are read as one int16, a
 holds: nothing is moved between threads. Where tiles are few, K is split: each part leaves float32 sums, and a second kernel adds them up, in order.
 
 On an H200, against cuBLAS with a bfloat16 weight (without split, two steps a trip): 64 x 4096 x 14336 1.32 (0.69), 256 x 4096 x 14336 0.90 (0.70),
-1024 x 28672 x 4096 1.01, 1024 x 6144 x 4096 0.89 (0.78). At 256 rows the activation's way from L2 limits it: each tile of weights reads all of it,
-36 KB a step of 64 x 256, where cuBLAS's multiprocessors share what they read.
+1024 x 28672 x 4096 1.01, 1024 x 6144 x 4096 0.89 (0.78). At 256 rows the activation's way from L2 may be what limits it: each tile of weights
+reads all of it, 36 KB a step of 64 x 256, where cuBLAS's multiprocessors share what they read.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -149,7 +148,6 @@ def _work(problem: Problem, device: Device, config: HopperConfig) -> float:
     return cycles + FINISH_CYCLES + SUM_CYCLES * config.splits * problem.m * problem.n / device.multiprocessors
 
 
-@functools.cache
 def template(tail: Tail) -> GluonTemplate:
     """The template with that tail."""
     return hopper.hopper_template(LOOP, tail)
