@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import shlex
@@ -98,12 +99,17 @@ def environment(device: torch.device, module: str, argv: list[str], commit: str 
     status = _output("git", "status", "--porcelain")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": shlex.join(["python", "-m", module, *_without_places(argv)]),
+        "command": " ".join([*_switches(), shlex.join(["python", "-m", module, *_without_places(argv)])]),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "triton", "torchao", "timm", "transformers")},
         "device": _device_record(device), "threads": torch.get_num_threads(),
         "commit": commit or head, "dirty": bool(status) if head and not commit else None, "source_sha256": _source_digest(),
     }  # fmt: skip
+
+
+def _switches() -> list[str]:
+    """What holds kernels on a CPU to fewer instructions than it has, as it stands before a command."""
+    return [f"{name}={shlex.quote(os.environ[name])}" for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ]
 
 
 def _without_places(argv: list[str]) -> list[str]:

@@ -42,7 +42,7 @@ class OfTokens(nn.Module):
 
 
 def text_tokens(batch: int, tokens: int) -> Callable[[torch.device, torch.dtype], Tensor]:
-    """Draws token ids of `batch` paragraphs of the demo's text, padded or cut to `tokens`."""
+    """Draws token ids of `batch` paragraphs of the demo's text, padded or cut to `tokens`; a single one is [CLS]."""
 
     def draw(device: torch.device, dtype: torch.dtype) -> Tensor:
         from examples.minilm.encoder import tokenize
@@ -50,7 +50,8 @@ def text_tokens(batch: int, tokens: int) -> Callable[[torch.device, torch.dtype]
 
         texts = paragraphs()
         chosen = [texts[i] for i in torch.randperm(len(texts))[:batch].tolist()]
-        ((ids, _),) = tokenize(chosen, batch, tokens)
-        return ids.to(device)
+        # The tokenizer cuts no text to less than [CLS] and [SEP].
+        ((ids, _),) = tokenize(chosen, batch, max(tokens, 2))
+        return ids[:, :tokens].to(device)
 
     return draw

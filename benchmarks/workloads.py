@@ -90,10 +90,9 @@ def _images(batch: int, size: int) -> Callable[[torch.device, torch.dtype], Tens
     return lambda device, dtype: torch.randn(batch, 3, size, size, device=device, dtype=dtype)
 
 
-
-def _minilm(batch: int) -> Workload:
-    draw = minilm.text_tokens(batch, 128)
-    return Workload(f"MiniLM, {batch} x 128", "minilm", "transformers", minilm.OfTokens, draw, minilm.lacks, default_on="cpu")
+def _minilm(batch: int, tokens: int) -> Workload:
+    draw = minilm.text_tokens(batch, tokens)
+    return Workload(f"MiniLM, {batch} x {tokens}", "minilm", "transformers", minilm.OfTokens, draw, minilm.lacks, default_on="cpu")
 
 
 _LLAMA_8B = _llama(hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8)
@@ -105,8 +104,11 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload("Llama x4 layers, 1 x 2048", "llama", "transformers", _LLAMA_8B, _tokens(1, 2048)),
     Workload("Llama x4 layers, 1 x 128", "llama", "transformers", _LLAMA_8B, _tokens(1, 128)),
     Workload("Llama x4 layers, 32 x 1", "llama", "transformers", _LLAMA_8B, _tokens(32, 1)),
-    _minilm(1),
-    _minilm(32),
+    _minilm(1, 1),
+    _minilm(1, 16),
+    _minilm(1, 128),
+    _minilm(4, 128),
+    _minilm(32, 128),
 )
 TINY: tuple[Workload, ...] = (
     Workload("tiny ViT, batch 2", "vit", "timm", _VIT_TINY, _images(2, 32)),

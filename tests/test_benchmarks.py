@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmark_support import CPU, ENVIRONMENT_FIELDS, is_png, one_thread, only_result  # noqa: F401 - a fixture that is used by itself
 
-from benchmarks import gemm
+from benchmarks import common, gemm
 from benchmarks.cases import TAILS, Case
 from benchmarks.operands import FLOAT, INT8, INT8_BF16_SCALES, OUT_SCALE, check, float64_truth
 from benchmarks.peers import PEERS, Peer
@@ -20,6 +20,13 @@ GELU = "gelu-int8"
 
 
 # The GEMM benchmark, end to end.
+
+
+def test_a_command_says_which_instructions_it_was_held_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    record = common.environment(torch.device("cpu"), "benchmarks.turns", ["--rounds", "2", "--out", "there"])
+    assert record["command"] == "ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python -m benchmarks.turns --rounds 2"
 
 
 def test_gemm_runs_end_to_end_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

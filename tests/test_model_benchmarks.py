@@ -142,7 +142,7 @@ def test_models_that_run_without_being_asked_for(tmp_path: Path, monkeypatch: py
     chosen: list[str] = []
     monkeypatch.setattr(models, "plan_of", lambda workloads, variants: chosen.extend(each.name for each in workloads) or [])
     assert models.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
-    assert chosen == ["MiniLM, 1 x 128", "MiniLM, 32 x 128"]
+    assert chosen == [f"MiniLM, {size}" for size in ("1 x 1", "1 x 16", "1 x 128", "4 x 128", "32 x 128")]
 
 
 def test_workloads_by_the_end_of_their_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
