@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
@@ -13,13 +14,13 @@ from . import gemm
 from .cases import Case
 from .common import float_dtype, program
 from .operands import BLOCK, FLOAT, FP8_BLOCKS, INT8_BLOCKS
-from .peers import GemmCall, Peer, _float, _needs_cuda, _plain_only
+from .peers import DEPENDENT, GemmCall, Peer, _float, _needs_cuda, _plain_only, needs_dependents
 
 HOPPER = (9, 0)
 """The one compute capability for which cuBLAS has 1 x 128 by 128 x 128 scales, as of CUDA 13."""
 
 
-def _ours(case: Case, device: torch.device) -> GemmCall:
+def _ours(case: Case, device: torch.device, **options: bool) -> GemmCall:
     activation, dtype, operators = case.tail.activation, float_dtype(device), torch.ops.int8_inductor
 
     def block_scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -29,7 +30,7 @@ def _ours(case: Case, device: torch.device) -> GemmCall:
         dtypes = {} if out is not None else {"out_dtype": dtype}
         return operators.block_scaled_mm(a, b, a_scale, b_scale, BLOCK, bias, activation=activation, out_scale=out, **dtypes)
 
-    compiled = torch.compile(block_scaled_mm, backend="int8_inductor", fullgraph=True, dynamic=False)
+    compiled = torch.compile(block_scaled_mm, backend="int8_inductor", fullgraph=True, dynamic=False, options=options)
     return compiled if case.tail.block_size is None else lambda *operands: compiled(*operands)[0]
 
 
@@ -59,6 +60,7 @@ def _fp8_refuses(case: Case, device: torch.device) -> str | None:
 
 PEERS: tuple[Peer, ...] = (
     Peer("ours", "ours", INT8_BLOCKS, _ours),
+    Peer("ours-dependent", "ours", INT8_BLOCKS, functools.partial(_ours, **DEPENDENT), lacks=needs_dependents),
     Peer("stock-default", "stock", FLOAT, _float("default")),
     Peer("stock-max-autotune", "stock", FLOAT, _float("max-autotune-no-cudagraphs"), lacks=_needs_cuda),
     Peer("fp8-blockwise", "fp8", FP8_BLOCKS, _fp8, lacks=_needs_hopper, refuses=_fp8_refuses),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import int8_inductor  # noqa: F401  registers the operator and its lowering
 from int8_inductor.epilogues import EPILOGUES
+from int8_inductor.launching import can_launch_dependents
 
 from .cases import Case
 from .common import float_dtype
@@ -49,7 +50,16 @@ class Peer:
     refuses: Callable[[Case, torch.device], str | None] = _everything
 
 
-def _ours(preference: str) -> Callable[[Case, torch.device], GemmCall]:
+DEPENDENT = {"triton.enable_pdl": True}
+"""So compiled, our kernels are launched as in the CUDA graphs that torch.compile records (launching.py), also in one that is recorded by hand."""
+
+
+def needs_dependents(device: torch.device) -> str | None:
+    """Why kernels cannot be launched so, or None."""
+    return None if can_launch_dependents(device) else "needs Hopper or newer, and a driver for CUDA 12.3 or newer"
+
+
+def _ours(preference: str, **options: bool) -> Callable[[Case, torch.device], GemmCall]:
     def build(case: Case, device: torch.device) -> GemmCall:
         activation, dtype = case.tail.activation, float_dtype(device)
 
@@ -59,7 +69,7 @@ def _ours(preference: str) -> Callable[[Case, torch.device], GemmCall]:
                 out_scale=out_scale, out_dtype=None if out_scale is not None else dtype,
             )  # fmt: skip
 
-        return torch.compile(scaled_mm, backend="int8_inductor", fullgraph=True, dynamic=False)
+        return torch.compile(scaled_mm, backend="int8_inductor", fullgraph=True, dynamic=False, options=options)
 
     return build
 
@@ -157,6 +167,7 @@ def _torchao_refuses(case: Case, device: torch.device) -> str | None:
 
 PEERS: tuple[Peer, ...] = (
     Peer("ours", "ours", INT8, _ours("auto"), refuses=_static_only),
+    Peer("ours-dependent", "ours", INT8, _ours("auto", **DEPENDENT), lacks=needs_dependents, refuses=_static_only),
     Peer("stock-eager", "stock", FLOAT, _float(None)),
     Peer("stock-default", "stock", FLOAT, _float("default")),
     Peer("stock-max-autotune", "stock", FLOAT, _float("max-autotune-no-cudagraphs"), lacks=_needs_cuda),

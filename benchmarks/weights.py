@@ -22,7 +22,7 @@ from . import common, gemm
 from .cases import Case
 from .common import float_dtype
 from .operands import FLOAT, INT8_STD, Operands
-from .peers import PEERS, GemmCall, Peer
+from .peers import DEPENDENT, PEERS, GemmCall, Peer, needs_dependents
 
 GROUP = 128
 INT4_STD = 4.6
@@ -65,7 +65,7 @@ def _compiled(fn: Callable[..., Tensor], **options: Any) -> GemmCall:
     return torch.compile(fn, fullgraph=True, dynamic=False, **options)
 
 
-def _ours(product: str) -> Callable[[Case, torch.device], GemmCall]:
+def _ours(product: str, **options: bool) -> Callable[[Case, torch.device], GemmCall]:
     """The operator in our backend; its operands in the order in which the format draws them."""
 
     def build(case: Case, device: torch.device) -> GemmCall:
@@ -81,7 +81,7 @@ def _ours(product: str) -> Callable[[Case, torch.device], GemmCall]:
             return operator(a, b, a_scale, b_scale, GROUP, out_dtype=dtype)
 
         fns = {"weight_int8_mm": int8, "weight_int4_mm": int4, "int8_int4_mm": int8_int4}
-        return _compiled(fns[product], backend="int8_inductor")
+        return _compiled(fns[product], backend="int8_inductor", options=options)
 
     return build
 
@@ -95,11 +95,16 @@ def _stock_int4(case: Case, device: torch.device) -> GemmCall:
     return _compiled(lambda a, b, b_scale: F.linear(a, dequantize_groups(unpack_int4(b), b_scale).to(a.dtype)))
 
 
+def _both(form: Operands, product: str) -> tuple[Peer, Peer]:
+    dependent = Peer("ours-dependent", "ours", form, _ours(product, **DEPENDENT), lacks=needs_dependents)
+    return Peer("ours", "ours", form, _ours(product)), dependent
+
+
 _STOCK = tuple(peer for peer in PEERS if peer.form is FLOAT)
 SCHEMES: dict[str, tuple[Peer, ...]] = {
-    "w8a16": (Peer("ours", "ours", W8A16, _ours("weight_int8_mm")), *_STOCK, Peer("stock-dequantized", "dequantized", W8A16, _stock_int8)),
-    "w4a16": (Peer("ours", "ours", W4A16, _ours("weight_int4_mm")), *_STOCK, Peer("stock-dequantized", "dequantized", W4A16, _stock_int4)),
-    "w4a8": (Peer("ours", "ours", W4A8, _ours("int8_int4_mm")), *_STOCK),
+    "w8a16": (*_both(W8A16, "weight_int8_mm"), *_STOCK, Peer("stock-dequantized", "dequantized", W8A16, _stock_int8)),
+    "w4a16": (*_both(W4A16, "weight_int4_mm"), *_STOCK, Peer("stock-dequantized", "dequantized", W4A16, _stock_int4)),
+    "w4a8": (*_both(W4A8, "int8_int4_mm"), *_STOCK),
 }
 
 

@@ -40,9 +40,10 @@ WEIGHT_CONFIGS = (
 INT4_CONFIGS = (
     *(tile for each in INT4_MM for tile in each.tiles),
     dataclasses.replace(INT4_MM[0].of_parts[0], splits=4),
+    dataclasses.replace(INT4_MM[0].of_parts[-1], splits=4),
     dataclasses.replace(INT4_MM[1].of_parts[0], splits=2),
 )
-"""Those that run on a GPU: every tile, and two of each that are split."""
+"""Those that run on a GPU: every tile, and some that are split."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def _measure(source: str, launch: str) -> Code:
         kernels = program.compile_program(source, launch)
     said = printed.getvalue()
     used, stacks = (list(map(int, re.findall(pattern, said))) for pattern in (r"Used (\d+) registers", r"(\d+) bytes stack frame"))
-    assert len(used) == len(stacks) == len(kernels), said
+    # A second kernel may be another config's too, compiled before.
+    assert 0 < len(used) == len(stacks) <= len(kernels), said
     main = kernels[0]
     mma = sorted(set(re.findall(r"\bwgmma\.mma_async[\w.]*", main.asm["ptx"])))
     waits = [int(each) for each in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", main.asm["ptx"])]

@@ -104,6 +104,8 @@ def problems(case: Case, capability: int, code: MachineCode) -> Iterator[str]:
     """What is wrong with a kernel's machine code."""
     if code.shared > ARCHITECTURES[capability]:
         yield f"shared memory {code.shared} exceeds {ARCHITECTURES[capability]}"
+    if isinstance(case.template, WeightStream) and code.shared > case.config.shared_memory:
+        yield f"shared memory {code.shared} exceeds the sums' {case.config.shared_memory}: operands go through it"
     if code.loop_spills or code.stack > 64:
         yield f"{code.stack} bytes of registers spilled, {code.loop_spills} accesses to them in the main loop"
     kind = r"s32\.s8\.s8" if case.dtype == torch.int8 else "f32.bf16.bf16" if case.dtype == torch.bfloat16 else "f32.f16.f16"

@@ -157,7 +157,7 @@ LEAST_ROWS = 5
 """Of the activation; fewer are weight_stream.py's, and from EXPANDED_ROWS on the weight is expanded."""
 LEAST_GROUPS = 4
 """Of a part of K."""
-TIMED = 2
+TIMED = 3
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _fits(config: HopperConfig, problem: Problem, device: Device) -> bool:
 _FEW = (HopperConfig(64, 1, 16, 3, programs=4), HopperConfig(64, 1, 32, 4, programs=2))
 _MORE = (HopperConfig(64, 1, 64, 4, programs=2), HopperConfig(64, 1, 128, 2, programs=2))
 INT4_MM = (
-    HopperInt4(_loop(2), LEAST_ROWS, 32, _FEW, _FEW),
+    HopperInt4(_loop(2), LEAST_ROWS, 32, _FEW, (*_FEW, HopperConfig(64, 1, 16, 3, programs=3))),
     HopperInt4(_loop(1), 33, EXPANDED_ROWS - 1, _MORE, (HopperConfig(64, 1, 64, 3, programs=3), _MORE[1])),
 )
 """Two groups a step, and one."""

@@ -54,9 +54,12 @@ GROUP = 128
 SCALE_ROWS = 16
 """Scales of so many rows are loaded at a time: for fewer elements than threads Triton loads them where they are needed, else it moves them there."""
 
+# joined: tensors of one stem side by side in further dimensions, in the order of their numbers.
 _START = """
+{% macro joined(stem, numbers) %}
+{%- if numbers | length == 1 %}{{stem}}{{numbers[0]}}{% else %}tl.join({{joined(stem, numbers[::2])}}, {{joined(stem, numbers[1::2])}}){% endif %}
+{%- endmacro %}
 {{def_kernel(ARGUMENTS)}}
-{% set LIVE = "" if EVEN_STEPS and EVEN_M else ", mask=live, other=0.0" if EVEN_STEPS else ", mask=live & inside, other=0.0" %}
     M = {{size("A", 0)}}
     N = {{size("B", 0)}}
     K = {{size("A", 1)}}
@@ -68,37 +71,44 @@ _START = """
     rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
     ram = tl.where(rm < M, rm, 0)
     rbn = tl.where(rn < N, rn, 0)
-    # A warp's first group in each step.
-    mine = WARP_GROUPS * tl.arange(0, WARPS).to(INDEX_DTYPE)
-    # Words of eight values: row, warp, further rows, word.
-    row = pid_n * BLOCK_N + tl.arange(0, 8)[:, None, None, None] + 8 * tl.arange(0, BLOCK_N // 8)[None, None, :, None]
+    # Words of eight values: warp and row, word. With both in one dimension every Triton gives a warp the rows that it multiplies.
+    warp = tl.arange(0, 8 * WARPS) // 8
+    eighth = tl.arange(0, 8 * WARPS) % 8
+    mine = (WARP_GROUPS * warp).to(INDEX_DTYPE)
+{% for part in range(BLOCK_N // 8) %}
+    row = pid_n * BLOCK_N + {{8 * part}} + eighth
     row = tl.where(row < N, row, 0).to(INDEX_DTYPE)
-    word = mine[None, :, None, None] * 16 + tl.arange(0, 16)
-    b_words = B.to(tl.pointer_type(tl.int32)) + row * ({{stride("B", 0)}} // 4) + word
+    b_words_{{part}} = B.to(tl.pointer_type(tl.int32)) + (row * ({{stride("B", 0)}} // 4) + mine * 16)[:, None] + tl.arange(0, 16)[None, :]
+{% endfor %}
+    # A warp's first group in each step.
+    mine_of_warp = WARP_GROUPS * tl.arange(0, WARPS).to(INDEX_DTYPE)
 {% for part in range(BLOCK_N // SCALE_ROWS) %}
     scale_row = pid_n * BLOCK_N + {{part}} * SCALE_ROWS + tl.arange(0, SCALE_ROWS)
     scale_row = tl.where(scale_row < N, scale_row, 0).to(INDEX_DTYPE)
-    scales_{{part}} = B_SCALE + scale_row[None, :] * {{stride("B_SCALE", 0)}} + mine[:, None] * {{stride("B_SCALE", 1)}}
+    scales_{{part}} = B_SCALE + scale_row[None, :] * {{stride("B_SCALE", 0)}} + mine_of_warp[:, None] * {{stride("B_SCALE", 1)}}
 {% endfor %}
-    # What those words are multiplied with: row, warp, further rows, word of a thread, and 8 values of each of the 4 threads.
-    a_row = pid_m * BLOCK_M + tl.arange(0, 8)[:, None, None, None, None] + 8 * tl.arange(0, BLOCK_M // 8)[None, None, :, None, None]
-    live = a_row < M
-    a_row = tl.where(live, a_row, 0).to(INDEX_DTYPE)
+    # What a thread's first words are multiplied with: warp and row, 8 values of each of the 4 threads; those of the next words are 8 further.
     each = tl.arange(0, 32)
-    a_column = mine[None, :, None, None, None] * 128 + tl.arange(0, 4)[None, None, None, :, None] * 8 + (each // 8) * 32 + each % 8
-    a_values = A + a_row * {{stride("A", 0)}} + a_column
+{% for part in range(BLOCK_M // 8) %}
+    a_row = pid_m * BLOCK_M + {{8 * part}} + eighth
+    live_{{part}} = (a_row < M)[:, None]
+    a_row = tl.where(a_row < M, a_row, 0).to(INDEX_DTYPE)
+    a_values_{{part}} = A + (a_row * {{stride("A", 0)}} + mine * 128)[:, None] + ((each // 8) * 32 + each % 8)[None, :]
+{% endfor %}
     sums = tl.zeros((WARPS, BLOCK_N, BLOCK_M), dtype=tl.float32)
 """
 
 # NAME receives the words and scales of the groups from FIRST on, as many as there are.
 _LOAD = """{% for r in range(WARP_GROUPS) %}
-NAME_{{r}} = tl.load(b_words + (FIRST + {{r}}) * 16MASK4, eviction_policy="evict_first")
+{% for part in range(BLOCK_N // 8) %}
+NAME_{{r}}_{{part}} = tl.load(b_words_{{part}} + (FIRST + {{r}}) * 16MASK4, eviction_policy="evict_first")
+{% endfor %}
 {% for part in range(BLOCK_N // SCALE_ROWS) %}
 NAME_scale_{{r}}_{{part}} = tl.load(scales_{{part}} + (FIRST + {{r}}) * {{stride("B_SCALE", 1)}}MASK2)
 {% endfor %}
 {% endfor %}"""
-_MASK4 = ", mask=(mine + {{r}} < K // 128 - FIRST)[None, :, None, None], other=0"
-_MASK2 = ", mask=(mine + {{r}} < K // 128 - FIRST)[:, None], other=0.0"
+_MASK4 = ", mask=(mine + {{r}} < K // 128 - FIRST)[:, None], other=0"
+_MASK2 = ", mask=(mine_of_warp + {{r}} < K // 128 - FIRST)[:, None], other=0.0"
 
 # No assembler moves a load past this.
 _FENCE = """{% if FENCE %}
@@ -108,16 +118,24 @@ tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [
 # Along K: word of a thread, i >> 1 & 1, thread, i & 1, i >> 2; nibble i is the value i of its word.
 _PRODUCT = """{% for r in range(WARP_GROUPS) %}
 {% if not EVEN_STEPS %}
-inside = (mine + {{r}} < K // 128 - first)[None, :, None, None, None]
+inside = (mine + {{r}} < K // 128 - first)[:, None]
 {% endif %}
-a = tl.load(a_values + (first + {{r}}) * 128{{LIVE}})
-b = now_{{r}}
+{% for word in range(4) %}
+{% for part in range(BLOCK_M // 8) %}
+{% set live = "" if EVEN_M else "live_%d" % part %}
+{% set inside = "" if EVEN_STEPS else "inside" %}
+{% set mask = ", mask=%s, other=0.0" % [live, inside] | select | join(" & ") if live or inside else "" %}
+a_{{word * (BLOCK_M // 8) + part}} = tl.load(a_values_{{part}} + (first + {{r}}) * 128 + {{8 * word}}{{mask}})
+{% endfor %}
+{% endfor %}
+b = tl.reshape({{joined("now_%d_" % r, range(BLOCK_N // 8) | list)}}, (8 * WARPS, 16, BLOCK_N // 8))
 CONVERT
 w = tl.join(tl.join(tl.join(n0, n4), tl.join(n1, n5)), tl.join(tl.join(n2, n6), tl.join(n3, n7)))
-w = tl.reshape(w, (8, WARPS, BLOCK_N // 8, 4, 4, 2, 2, 2))
-w = tl.reshape(tl.permute(w, (1, 2, 0, 4, 7, 3, 6, 5)), (WARPS, BLOCK_N, 128))
-a = tl.reshape(a, (8, WARPS, BLOCK_M // 8, 4, 4, 2, 2, 2))
-a = tl.reshape(tl.permute(a, (1, 3, 6, 4, 7, 5, 2, 0)), (WARPS, 128, BLOCK_M))
+w = tl.reshape(w, (WARPS, 8, 4, 4, BLOCK_N // 8, 2, 2, 2))
+w = tl.reshape(tl.permute(w, (0, 4, 1, 3, 7, 2, 6, 5)), (WARPS, BLOCK_N, 128))
+a = {{joined("a_", range(BLOCK_M // 2) | list)}}
+a = tl.reshape(a, (WARPS, 8, 4, 2, 2, 2, 4, BLOCK_M // 8))
+a = tl.reshape(tl.permute(a, (0, 6, 4, 2, 5, 3, 7, 1)), (WARPS, 128, BLOCK_M))
 {% if BLOCK_N == SCALE_ROWS %}
 scale = now_scale_{{r}}_0
 {% else %}
@@ -144,7 +162,9 @@ TURN
 dot = tl.trans(tl.sum(sums, axis=0))"""
 
 _TURN = """{% for r in range(WARP_GROUPS) %}
-now_{{r}} = next_{{r}}
+{% for part in range(BLOCK_N // 8) %}
+now_{{r}}_{{part}} = next_{{r}}_{{part}}
+{% endfor %}
 {% for part in range(BLOCK_N // SCALE_ROWS) %}
 now_scale_{{r}}_{{part}} = next_scale_{{r}}_{{part}}
 {% endfor %}
