@@ -101,8 +101,10 @@ FEW_ROWS = 512
 """Up to so many rows linears of one activation are one call: on eight cores 128 x 1152 x 384 takes 54 us, 128 x 384 x 384 45. With 4096 rows three
 calls are faster: their results need no new memory.
 """
-SMALL = 2**27
-"""Of fewer multiply-adds a call's own 20 us count: aten._int_mm with 128 x 384 x 384 takes 23 us, and what follows it is part of a kernel anyway."""
+SMALL = 2**26
+"""Of fewer multiply-adds a call's own 20 us count: aten._int_mm with 128 x 384 x 384 takes 23 us, and what follows it is part of a kernel anyway. With
+512 rows it takes 56 us, and oneDNN's linear, which adds its result to the residual, 54.
+"""
 
 
 def _neighbours(node: Node, kernel: Kernel, form: Form) -> dict[Node, Kernel]:
