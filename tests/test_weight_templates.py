@@ -20,7 +20,7 @@ from int8_inductor.templates.problem import Problem
 from int8_inductor.templates.rivals import EXPANDED_ROWS
 from int8_inductor.templates.tail import COLUMN, Tail
 from int8_inductor.templates.weight_split import WeightSplit
-from int8_inductor.templates.weight_stream import WeightStream
+from int8_inductor.templates.weight_stream import StreamConfig, WeightStream
 from int8_inductor.templates.weight_tiled import WeightTiled
 from int8_inductor.templates.weight_vector import WeightVector
 
@@ -107,6 +107,16 @@ def test_a_stream_is_of_few_aligned_rows_in_groups_of_128() -> None:
     assert found
     assert all(config.block_n == 32 for config in found)
     assert not stream.candidates(good, device, Tail(bias=COLUMN, block_size=128), thorough=False)
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "groups", "steps"), [(32, 8, 8, 1), (112, 8, 7, 4), (112, 2, 2, 14), (33, 8, 5, 2), (1, 8, 1, 1), (9, 2, 2, 2), (65, 8, 6, 3)]
+)
+def test_steps_of_a_stream_are_few_and_of_one_size(total: int, most: int, groups: int, steps: int) -> None:
+    """By four warps."""
+    config = StreamConfig(8, 16, 4, most)
+    assert config.groups_of(total) == groups
+    assert -(-total // (4 * groups)) == -(-total // (4 * most)) == steps
 
 
 @pytest.mark.parametrize("gpu", DEVICES)

@@ -102,8 +102,8 @@ FEW_ROWS = 512
 calls are faster: their results need no new memory.
 """
 SMALL = 2**26
-"""Of fewer multiply-adds a call's own 20 us count: aten._int_mm with 128 x 384 x 384 takes 23 us, and what follows it is part of a kernel anyway. With
-512 rows it takes 56 us, and oneDNN's linear, which adds its result to the residual, 54.
+"""Of fewer multiply-adds a call's own 20 us count: aten._int_mm with 128 x 384 x 384 takes 23 us, and what follows it is part of a kernel anyway.
+With 512 rows it takes 56 us, and oneDNN's linear, which adds its result to the residual, 54.
 """
 
 
