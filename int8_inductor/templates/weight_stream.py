@@ -51,10 +51,6 @@ CONFIGS = (
     StreamConfig(8, 16, 4, 2, ahead=True),
     StreamConfig(8, 16, 4, 2),
     StreamConfig(8, 32, 4, 2),
-    StreamConfig(16, 16, 4, 8),
-    StreamConfig(16, 16, 8, 4),
-    StreamConfig(16, 32, 8, 4),
-    StreamConfig(16, 32, 16, 2),
     StreamConfig(16, 32, 8, 2),
     StreamConfig(16, 32, 4, 1, ahead=True),
 )
