@@ -1,4 +1,5 @@
-"""Exact int8 products for any sizes: what KernelPreference.TORCH compiles to. aten._int_mm, or float32 products on a CPU that has no fast one.
+"""Exact int8 products for any sizes: what KernelPreference.TORCH compiles to. aten._int_mm, or, on a CPU that has no fast one, AVX2's (avx2.py), or
+float32 products.
 
 oneDNN has kernels for int8 from AVX512 on. Before (AVX2 alone), aten._int_mm takes 36 times as long as a float32 product of the same sizes (4096 x
 1536 x 384 on two cores of an AMD EPYC: 1004 ms, 28 in float32), and the product of u8 and s8 in stock Inductor's INT8 path, which is fast, saturates
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import reference
-from ._compat import without_modes
+from . import avx2, reference
+from ._compat import without_modes, writes_python
 
-__all__ = ["exact_int_mm", "float_int_mm", "in_floats", "is_slow_on_this_cpu", "least_seconds", "name_of_product", "padded_int_mm"]
+__all__ = ["WAYS", "IntMM", "exact_int_mm", "float_int_mm", "is_slow_on_this_cpu", "least_seconds", "padded_int_mm", "way"]
 
 # cuBLASLt's int8 product wants M > 16 and N and K in multiples of 8.
 _INT_MM_MIN_M = 17
@@ -104,16 +106,41 @@ FEW_ROWS = 2
 """Up to so many rows a weight is not worth turning to float32, which moves nine bytes for each of its own (1 x 14336 x 4096: 88 ms, _int_mm 58)."""
 
 
-def in_floats(rows: Any, device: torch.device) -> bool:
-    """Whether the product of so many rows of int8 on `device` is one of float32."""
-    return device.type == "cpu" and not statically_known_true(rows <= FEW_ROWS) and is_slow_on_this_cpu()
+@dataclass(frozen=True)
+class IntMM:
+    """A way to compute int32 [M, N] of int8 a [M, K] times b [N, K] transposed. name: for reports. suits: (M, device) -> whether it may be taken."""
+
+    name: str
+    suits: Callable[[Any, torch.device], bool]
+    compute: Callable[[Tensor, Tensor], Tensor]
+
+
+def _is_slow(device: torch.device) -> bool:
+    return device.type == "cpu" and is_slow_on_this_cpu()
+
+
+def _in_cpp(rows: Any, device: torch.device) -> bool:
+    # Its operator is Python's, which C++ cannot call.
+    return _is_slow(device) and avx2.has_kernel() and writes_python()
+
+
+def _in_floats(rows: Any, device: torch.device) -> bool:
+    return _is_slow(device) and not statically_known_true(rows <= FEW_ROWS)
+
+
+WAYS = (
+    IntMM("avx2_int_mm, exact, as this CPU has no fast aten._int_mm", _in_cpp, avx2.int_mm),
+    IntMM("aten.mm in float32, exact, as this CPU has no fast aten._int_mm", _in_floats, float_int_mm),
+    IntMM("aten._int_mm", lambda rows, device: True, padded_int_mm),
+)
+"""The first that suits is taken."""
+
+
+def way(rows: Any, device: torch.device) -> IntMM:
+    """How so many rows are multiplied on `device`."""
+    return next(each for each in WAYS if each.suits(rows, device))
 
 
 def exact_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """int32 [M, N] of int8 a [M, K] times b [N, K] transposed, by what is faster on their device."""
-    return float_int_mm(a, b) if in_floats(a.shape[0], a.device) else padded_int_mm(a, b)
-
-
-def name_of_product(rows: Any, device: torch.device) -> str:
-    """What `exact_int_mm` runs, for reports."""
-    return "aten.mm in float32, exact, as this CPU has no fast aten._int_mm" if in_floats(rows, device) else "aten._int_mm"
+    """int32 [M, N] of int8 a [M, K] times b [N, K] transposed, by what is fastest on their device."""
+    return way(a.shape[0], a.device).compute(a, b)

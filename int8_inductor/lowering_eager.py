@@ -1,6 +1,7 @@
 """Lowering without templates: the operator's own eager definition, traced and compiled, so that no epilogue is spelled twice.
 
-For scaled_mm it is built around `_int_mm`, or around what oneDNN computes of a frozen weight (onednn), in which case only the rest is traced.
+For scaled_mm it is built around an exact product (int_mm.py), or around what oneDNN computes of a frozen weight (onednn), in which case only the rest
+is traced.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.lowering import lowerings, process_subgraph_nodes
+from torch._inductor.lowering import fallback_handler, lowerings, process_subgraph_nodes, register_lowering
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -24,6 +25,8 @@ from .templates.tail import SCALAR
 __all__ = ["lower_eager", "lower_torch"]
 
 aten = torch.ops.aten
+# A part of what is traced here: called as it is.
+register_lowering(torch.ops.int8_inductor.avx2_int_mm, type_promotion_kind=None)(fallback_handler(torch.ops.int8_inductor.avx2_int_mm.default))
 
 
 def lower_eager(fn: Callable[..., Any], tensors: dict[str, Any], fakes: Mapping[str, Tensor] | None = None) -> Any:

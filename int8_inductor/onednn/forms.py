@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._compat import without_modes
+from ..avx2 import X86
 from ..int_mm import SLOWER, least_seconds
 
 __all__ = ["FORMS", "SIGNED", "UNSIGNED", "Form", "form", "is_exact", "pack"]
@@ -37,7 +38,6 @@ class Form:
 SIGNED, UNSIGNED = Form(torch.int8, 0), Form(torch.uint8, 128)
 FORMS = (SIGNED, UNSIGNED)
 
-X86 = ("x86_64", "amd64")
 _ROWS, _SIDE = 256, 512
 """Sizes of what is timed: large enough that a call's own 20 us count for little."""
 FLOAT_INTEGERS = 2**24

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 
-from ..int_mm import exact_int_mm, name_of_product
+from ..int_mm import exact_int_mm, way
 from ..onednn.prepacked import prepacked_linear
 from ..products.scaled_mm import SCALED_MM
 from . import hopper_scaled_mm, persistent, tiled, vector
@@ -20,7 +20,7 @@ LOWERING = Lowering(
     SCALED_MM,
     templates=(tiled, persistent, vector, hopper_scaled_mm),
     eager=functools.partial(SCALED_MM.eager, int_mm=exact_int_mm),
-    eager_kernel=lambda problem, device: name_of_product(MANY if problem.static_m is None else problem.static_m, device),
+    eager_kernel=lambda problem, device: way(MANY if problem.static_m is None else problem.static_m, device).name,
     rival=int_mm,
     prepacked=prepacked_linear,
 )
