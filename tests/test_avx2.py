@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import check_float, examples, linear64, run
 from torch import Tensor, nn
+from torch._inductor.virtualized import V
 
 from int8_inductor import Int8DynamicActivationInt8WeightConfig, avx2, explain, int_mm, ops, quantize_, reference
 
@@ -144,13 +148,14 @@ def test_a_whole_linear_and_what_explain_says(slow: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slow_here", "kernel", "python", "want"),
-    [(True, True, True, "avx2_int_mm"), (True, True, False, "aten.mm"), (True, False, True, "aten.mm"), (False, True, True, "aten._int_mm")],
+    ("slow_here", "kernel", "cpp_wrapper", "want"),
+    [(True, True, False, "avx2_int_mm"), (True, True, True, "aten.mm"), (True, False, False, "aten.mm"), (False, True, False, "aten._int_mm")],
 )
-def test_which_way_is_taken(slow_here: bool, kernel: bool, python: bool, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_way_is_taken(slow_here: bool, kernel: bool, cpp_wrapper: bool, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """C++ cannot call an operator of Python's; a CPU with a fast product, and a GPU, run aten's."""
     monkeypatch.setattr(int_mm, "is_slow_on_this_cpu", lambda: slow_here)
     monkeypatch.setattr(avx2, "has_kernel", lambda: kernel)
-    monkeypatch.setattr(int_mm, "writes_python", lambda: python)
-    assert int_mm.way(100, CPU).name.startswith(want)
-    assert int_mm.way(100, torch.device("cuda")).name == "aten._int_mm"
+    graph: Any = SimpleNamespace(cpp_wrapper=cpp_wrapper, fx_wrapper=False)
+    with V.set_graph_handler(graph):
+        assert int_mm.way(100, CPU).name.startswith(want)
+        assert int_mm.way(100, torch.device("cuda")).name == "aten._int_mm"
