@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from . import avx2, reference
 from ._compat import without_modes, writes_python
 
-__all__ = ["WAYS", "IntMM", "exact_int_mm", "float_int_mm", "is_slow_on_this_cpu", "least_seconds", "padded_int_mm", "way"]
+__all__ = ["WAYS", "IntMM", "exact_int_mm", "float_int_mm", "is_slow_on_this_cpu", "least_seconds", "of_this_cpu", "padded_int_mm", "way"]
 
 # cuBLASLt's int8 product wants M > 16 and N and K in multiples of 8.
 _INT_MM_MIN_M = 17
@@ -134,6 +134,13 @@ WAYS = (
     IntMM("aten._int_mm", lambda rows, device: True, padded_int_mm),
 )
 """The first that suits is taken."""
+
+
+def of_this_cpu() -> tuple[str, bool]:
+    """A part of the key under which compiled graphs are cached, as a cache may be another machine's: its instructions, and whether AVX2's product may
+    be called. Not what was measured, which another process could find to be different.
+    """
+    return torch.backends.cpu.get_cpu_capability(), avx2.has_kernel()
 
 
 def way(rows: Any, device: torch.device) -> IntMM:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import check_float, examples, linear64, run
+from support import check_float, examples, fresh_compile, linear64, run
 from torch import Tensor, nn
 from torch._inductor.virtualized import V
 
@@ -114,8 +114,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_avx2
-@pytest.mark.parametrize("rows", [1, 5, None], ids=str)
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize(("rows", "activation"), [(1, "none"), (5, "gelu"), (None, "none")])
 def test_compiled_products_call_it(rows: int | None, activation: str, slow: None) -> None:
     """None: any number of rows."""
     a, b = matrix(rows or 7, 1100, 0, "plain"), matrix(24, 1100, 1, "plain")
@@ -140,7 +139,7 @@ def test_a_whole_linear_and_what_explain_says(slow: None) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8)).eval(), torch.randn(6, 64)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    with torch.no_grad(), torch._inductor.config.patch(cpu_backend="cpp"):
+    with torch.no_grad(), fresh_compile(), torch._inductor.config.patch(cpu_backend="cpp"):
         report = explain(model, x)
         got = torch.compile(model, backend="int8_inductor")(x)
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-2)

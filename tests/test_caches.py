@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import int8_inductor
-from int8_inductor import Int8DynamicActivationInt8WeightConfig, LeftBehindError, config, quantize_
+from int8_inductor import Int8DynamicActivationInt8WeightConfig, LeftBehindError, avx2, config, quantize_
 from int8_inductor._compat import custom_pass_slot, unchain
 from int8_inductor.explain import recording
 from int8_inductor.passes import Int8Pass, sources_digest
@@ -176,6 +176,16 @@ def test_the_uuid_changes_with_every_flag() -> None:
     assert len(set(uuids())) == 6
     with config.patch(kernel_preference="torch"):
         assert Int8Pass().uuid() == Int8Pass("torch").uuid() != Int8Pass("triton").uuid()
+
+
+def test_the_uuid_changes_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU with AVX2 alone was given calls a kernel that another may not have."""
+    uuids = []
+    for capability, kernel in (("AVX2", True), ("AVX2", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(avx2, "has_kernel", lambda kernel=kernel: kernel)
+        uuids.append(Int8Pass().uuid())
+    assert len(set(uuids)) == 3
 
 
 def test_the_uuid_covers_every_source_file(tmp_path: Path) -> None:

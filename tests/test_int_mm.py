@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import check_float, examples, linear64, run
+from support import check_float, examples, fresh_compile, linear64, run
 from torch import Tensor, nn
 
 from int8_inductor import Int8DynamicActivationInt8WeightConfig, avx2, explain, int_mm, ops, quantize_, reference
@@ -89,7 +89,7 @@ def test_a_whole_linear_and_what_explain_says(slow: None) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8)).eval(), torch.randn(6, 64)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    with torch.no_grad(), torch._inductor.config.patch(cpu_backend="cpp"):
+    with torch.no_grad(), fresh_compile(), torch._inductor.config.patch(cpu_backend="cpp"):
         report = explain(model, x)
         got = torch.compile(model, backend="int8_inductor")(x)
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-2)

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from .. import config, ops
 from ..explain import TAG, publish
+from ..int_mm import of_this_cpu
 from ..kernels import KernelPreference, parse
 from ..onednn.prepacked import keep_from_cache
 from .base import argument, aten, val
@@ -113,7 +114,7 @@ class Int8Pass(CustomGraphPass):
             publish(report)
 
     def uuid(self) -> Any:
-        """What compiled graphs are cached under: our sources, flags and the versions that the result depends on."""
+        """What compiled graphs are cached under: our sources, flags, and the versions and the CPU that the result depends on."""
         from .._compat import triton_version
 
-        return ("int8_inductor", SOURCES, torch.__version__, triton_version(), self.preference.value, config.strict)
+        return ("int8_inductor", SOURCES, torch.__version__, triton_version(), *of_this_cpu(), self.preference.value, config.strict)
