@@ -17,9 +17,13 @@ from torch import Tensor
 
 from .ops import define_operator
 
-__all__ = ["X86", "has_kernel", "int_mm"]
+__all__ = ["has_kernel", "int_mm", "is_x86"]
 
-X86 = ("x86_64", "amd64")
+
+def is_x86() -> bool:
+    """Whether this process runs on an x86-64 CPU."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
 
 # A tile of 4 x 2 sums stays in registers; blocks of 48 x 16 keep the widened rows in the L2 and the weight's in the L1.
 _SOURCE = r"""
@@ -89,8 +93,7 @@ WORK_OF_A_THREAD = 2**17
 @functools.cache
 def has_kernel() -> bool:
     """Whether the kernel runs on this machine: its CPU has AVX2, and the compiler that Inductor calls knows what the source asks of it."""
-    is_x86 = platform.system() == "Linux" and platform.machine().lower() in X86
-    return is_x86 and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return platform.system() == "Linux" and is_x86() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 @functools.cache

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import check_float, examples, fresh_compile, linear64, run
-from torch import Tensor, nn
+from support import check_float, examples, linear64, run
+from torch import Tensor
 from torch._inductor.virtualized import V
 
-from int8_inductor import Int8DynamicActivationInt8WeightConfig, avx2, explain, int_mm, ops, quantize_, reference
+from int8_inductor import avx2, int_mm, ops, reference
 
 CPU = torch.device("cpu")
 OPERATOR = torch.ops.int8_inductor.avx2_int_mm
@@ -132,18 +132,6 @@ def test_compiled_products_call_it(rows: int | None, activation: str, slow: None
     assert "extern_kernels." not in code
     assert "aten._int_mm" not in code
     check_float(compiled.output, linear64(a, b, a_scale, b_scale, bias=bias, activation=activation))
-
-
-@needs_avx2
-def test_a_whole_linear_and_what_explain_says(slow: None) -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8)).eval(), torch.randn(6, 64)
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    with torch.no_grad(), fresh_compile(), torch._inductor.config.patch(cpu_backend="cpp"):
-        report = explain(model, x)
-        got = torch.compile(model, backend="int8_inductor")(x)
-        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-2)
-    assert str(report).count("avx2_int_mm, exact, as this CPU has no fast aten._int_mm") == 2
 
 
 @pytest.mark.parametrize(

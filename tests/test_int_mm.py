@@ -85,7 +85,9 @@ def test_compiled_products_are_in_floats(rows: int, activation: str, slow: None)
     check_float(compiled.output, linear64(a, b, a_scale, b_scale, bias=bias, activation=activation))
 
 
-def test_a_whole_linear_and_what_explain_says(slow: None) -> None:
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.skipif(not avx2.has_kernel(), reason="needs AVX2"))])
+def test_a_whole_linear_and_what_explain_says(kernel: bool, slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(avx2, "has_kernel", lambda: kernel)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8)).eval(), torch.randn(6, 64)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
@@ -93,7 +95,7 @@ def test_a_whole_linear_and_what_explain_says(slow: None) -> None:
         report = explain(model, x)
         got = torch.compile(model, backend="int8_inductor")(x)
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-2)
-    assert str(report).count("aten.mm in float32, exact, as this CPU has no fast aten._int_mm") == 2
+    assert str(report).count(f"{'avx2_int_mm' if kernel else 'aten.mm in float32'}, exact, as this CPU has no fast aten._int_mm") == 2
 
 
 @pytest.mark.parametrize(("rows", "floats"), [(1, False), (2, False), (3, True), (None, True)])

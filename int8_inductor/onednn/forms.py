@@ -8,14 +8,13 @@ Before VNNI the instruction adds two products in 16 bits, saturated: then there 
 from __future__ import annotations
 
 import functools
-import platform
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .._compat import without_modes
-from ..avx2 import X86
+from ..avx2 import is_x86
 from ..int_mm import SLOWER, least_seconds
 
 __all__ = ["FORMS", "SIGNED", "UNSIGNED", "Form", "form", "is_exact", "pack"]
@@ -51,7 +50,7 @@ REFERENCE = 20
 @functools.cache
 def form() -> Form | None:
     """The form for which the kernel is exact on this machine, and not slower than float32, or None."""
-    if platform.machine().lower() not in X86 or not torch.backends.mkldnn.is_available():
+    if not is_x86() or not torch.backends.mkldnn.is_available():
         return None
     with without_modes(), torch.no_grad():
         return next((each for each in FORMS if _has_exact_kernel(each) and _is_fast(each)), None)

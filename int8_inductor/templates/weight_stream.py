@@ -108,14 +108,14 @@ _START = """
 # NAME receives the words and scales of the groups from FIRST on, as many as there are.
 _LOAD = """{% for r in range(WARP_GROUPS) %}
 {% for part in range(BLOCK_N // 8) %}
-NAME_{{r}}_{{part}} = tl.load(b_words_{{part}} + (FIRST + {{r}}) * 16MASK4, eviction_policy="evict_first")
+NAME_{{r}}_{{part}} = tl.load(b_words_{{part}} + (FIRST + {{r}}) * 16WORDS_INSIDE, eviction_policy="evict_first")
 {% endfor %}
 {% for part in range(BLOCK_N // SCALE_ROWS) %}
-NAME_scale_{{r}}_{{part}} = tl.load(scales_{{part}} + (FIRST + {{r}}) * {{stride("B_SCALE", 1)}}MASK2)
+NAME_scale_{{r}}_{{part}} = tl.load(scales_{{part}} + (FIRST + {{r}}) * {{stride("B_SCALE", 1)}}SCALES_INSIDE)
 {% endfor %}
 {% endfor %}"""
-_MASK4 = ", mask=(mine + {{r}} < K // 128 - FIRST)[:, None], other=0"
-_MASK2 = ", mask=(mine_of_warp + {{r}} < K // 128 - FIRST)[:, None], other=0.0"
+_WORDS_INSIDE = ", mask=(mine + {{r}} < K // 128 - FIRST)[:, None], other=0"
+_SCALES_INSIDE = ", mask=(mine_of_warp + {{r}} < K // 128 - FIRST)[:, None], other=0.0"
 
 # No assembler moves a load past this.
 _FENCE = """tl.inline_asm_elementwise(
@@ -180,8 +180,10 @@ now_scale_{{r}}_{{part}} = next_scale_{{r}}_{{part}}
 
 def _load(name: str, first: str, always_masked: bool = False) -> str:
     """Statements that load a step of groups, those past the end masked where there are any."""
-    masks = (_MASK4, _MASK2) if always_masked else tuple(f"{{% if not EVEN_STEPS %}}{mask}{{% endif %}}" for mask in (_MASK4, _MASK2))
-    return _LOAD.replace("MASK4", masks[0]).replace("MASK2", masks[1]).replace("NAME", name).replace("FIRST", first)
+    masks = [_WORDS_INSIDE, _SCALES_INSIDE]
+    if not always_masked:
+        masks = [f"{{% if not EVEN_STEPS %}}{mask}{{% endif %}}" for mask in masks]
+    return _LOAD.replace("WORDS_INSIDE", masks[0]).replace("SCALES_INSIDE", masks[1]).replace("NAME", name).replace("FIRST", first)
 
 
 def _loop(ptx: bool) -> str:
